@@ -1,0 +1,1 @@
+"""Client SDK for federated tuning on machines that cannot hold the model."""

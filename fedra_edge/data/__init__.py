@@ -1,0 +1,1 @@
+"""Local data: examples are read here and never leave the device."""

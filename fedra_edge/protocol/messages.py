@@ -1,0 +1,90 @@
+"""The bodies of requests and responses that are no thing of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedra_edge.protocol.devices import DeviceProfile
+from fedra_edge.protocol.wire import ByteCount, Count, Detail, ShortText, Token, WireModel
+
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class EnrolRequest(WireModel):
+    """Asks for membership in the population. ``run`` binds the client to one run."""
+
+    name: SiteName
+    profile: DeviceProfile
+    run: RunName | None = None
+
+
+class EnrolReceipt(WireModel):
+    """Membership. The credential is told this once; the server keeps only its digest."""
+
+    client_id: Token
+    credential: ShortText
+
+
+class RejoinRequest(WireModel):
+    """An enrolled client is back, perhaps on a changed machine."""
+
+    profile: DeviceProfile
+    run: RunName | None = None
+
+
+class Heartbeat(WireModel):
+    """A participant is alive and this far with its assignment."""
+
+    assignment_id: Token
+    steps_done: Count
+    steps_total: Count
+
+
+class HeartbeatReceipt(WireModel):
+    """Tells whether the round still waits for this assignment; if not, training may stop."""
+
+    is_wanted: bool
+
+
+class FailureReport(WireModel):
+    """A participant could not finish its assignment; the round should not wait for it."""
+
+    detail: Detail
+
+
+class UploadStatus(WireModel):
+    """Where an upload stands: how many bytes the server holds durably."""
+
+    upload_id: Token
+    offset_bytes: ByteCount
+    size_bytes: ByteCount
+
+
+class DeltaReceipt(WireModel):
+    """The delta is on the server's disk and admitted; it will be merged exactly once."""
+
+    assignment_id: Token
+    status: Literal["admitted"] = "admitted"
+
+
+class ClientStatus(WireModel):
+    """What the server knows of a client, told to that client."""
+
+    client_id: Token
+    name: SiteName
+    run: RunName | None
+    is_online: bool
+    rounds_contributed: Count
+    open_assignment: Token | None
+
+
+class Health(WireModel):
+    """Whether the server can serve; ``detail`` says what is wrong when it cannot."""
+
+    status: Literal["ok", "unavailable"]
+    version: ShortText
+    protocol: ShortText
+    detail: Detail = ""

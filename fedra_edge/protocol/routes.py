@@ -1,0 +1,46 @@
+"""Method and path of every call, used by the server to mount and by the client to call.
+
+A path starts with a slash; the base URL given by the user has none at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Route:
+    """One call of the wire contract."""
+
+    method: str
+    path: str
+
+    def fill(self, **parts: str) -> str:
+        """Put values into the path; KeyError when one is missing."""
+        return self.path.format(**parts)
+
+
+LIVE: Final = Route("GET", "/health/live")
+READY: Final = Route("GET", "/health/ready")
+ENROL: Final = Route("POST", "/v1/clients")
+CLIENT_STATUS: Final = Route("GET", "/v1/clients/me")
+REJOIN: Final = Route("PUT", "/v1/clients/me")
+LEAVE: Final = Route("DELETE", "/v1/clients/me")
+OFFLINE: Final = Route("POST", "/v1/clients/me/offline")
+HEARTBEAT: Final = Route("POST", "/v1/clients/me/heartbeat")
+CALIBRATE: Final = Route("PUT", "/v1/clients/me/calibration")
+ASSIGNMENT: Final = Route("GET", "/v1/assignment")
+FAILURE: Final = Route("POST", "/v1/assignments/{assignment_id}/failure")
+MODEL: Final = Route("GET", "/v1/models/{model_id}")
+BLOB: Final = Route("GET", "/v1/blobs/{sha256}")
+EVALUATION: Final = Route("POST", "/v1/evaluations")
+UPLOAD_CREATE: Final = Route("POST", "/v1/uploads")
+UPLOAD_OFFSET: Final = Route("HEAD", "/v1/uploads/{upload_id}")
+UPLOAD_APPEND: Final = Route("PATCH", "/v1/uploads/{upload_id}")
+
+UPLOAD_OFFSET_HEADER: Final = "Upload-Offset"
+UPLOAD_COMPLETE_HEADER: Final = "Upload-Complete"
+UPLOAD_LENGTH_HEADER: Final = "Upload-Length"
+MAX_POLL_S: Final = 30.0
+"""The longest a client may ask the server to hold an assignment request open, in seconds."""

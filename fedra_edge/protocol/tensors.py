@@ -1,0 +1,157 @@
+"""Safetensors files, checked before a byte of tensor data is read or allocated.
+
+The format is an 8-byte little-endian header length, a JSON header and the data
+(https://github.com/huggingface/safetensors, README, section Format).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+MAX_HEADER_BYTES: Final = 4 * 2**20
+MAX_TENSORS: Final = 100_000
+MAX_DIMENSIONS: Final = 8
+_LENGTH_BYTES: Final = 8
+_CHUNK_BYTES: Final = 2**20
+_DTYPES: Final[Mapping[str, str]] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "<i1", "U8": "<u1", "BOOL": "|b1",
+}  # fmt: skip
+_BF16: Final = "BF16"
+_ITEM_BYTES: Final = {name: np.dtype(code).itemsize for name, code in _DTYPES.items()} | {_BF16: 2}
+
+FloatArray = NDArray[np.float32]
+
+
+class MalformedTensorsError(ValueError):
+    """The bytes are no safetensors file that we accept; the message says why."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the header declares it; ``start`` is its offset in the file, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+
+def sha256_of_file(path: Path) -> str:
+    """Digest a file without holding it in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def serialize_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """Turn arrays into the bytes of a safetensors file, the same bytes for the same arrays."""
+    return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check a safetensors header.
+
+    Every declared tensor must lie inside the file, the data must be covered without gap or
+    overlap, and names must not repeat.
+
+    Raises:
+        MalformedTensorsError: The file breaks any rule of the format or of our limits.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_LENGTH_BYTES)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < _LENGTH_BYTES or header_bytes > file_bytes - _LENGTH_BYTES:
+            raise MalformedTensorsError("the file is shorter than its header says")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise MalformedTensorsError(f"the header is over {MAX_HEADER_BYTES} bytes")
+        entries = _parse_json(file.read(header_bytes))
+    data_start = _LENGTH_BYTES + header_bytes
+    infos = {name: _parse_entry(name, entry, data_start) for name, entry in entries.items()}
+    _check_layout(infos, data_start, file_bytes)
+    return infos
+
+
+def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
+    """Read one declared tensor into memory."""
+    if info.dtype not in _DTYPES:
+        raise MalformedTensorsError(f"dtype {info.dtype} has no numpy form")
+    dtype = np.dtype(_DTYPES[info.dtype])
+    with path.open("rb") as file:
+        file.seek(info.start)
+        flat = np.fromfile(file, dtype=dtype, count=math.prod(info.shape))
+    if flat.size != math.prod(info.shape):
+        raise MalformedTensorsError("the file is shorter than its header says")
+    return flat.reshape(info.shape)
+
+
+def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a whole file that is known to be small."""
+    return {name: read_tensor(path, info) for name, info in read_header(path).items()}
+
+
+def iterate_chunks(path: Path, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+    """Yield a file's bytes from ``start``, at most ``size_bytes`` of them, in bounded chunks."""
+    remaining = path.stat().st_size - start if size_bytes is None else size_bytes
+    with path.open("rb") as file:
+        file.seek(start, os.SEEK_SET)
+        while remaining > 0 and (chunk := file.read(min(_CHUNK_BYTES, remaining))):
+            remaining -= len(chunk)
+            yield chunk
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        raise MalformedTensorsError(f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise MalformedTensorsError("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise MalformedTensorsError(f"more than {MAX_TENSORS} tensors")
+    return header
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise MalformedTensorsError("the header repeats a name")
+    return keys
+
+
+def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise MalformedTensorsError(f"tensor {name[:100]!r} lacks dtype, shape or offsets")
+    if dtype not in _ITEM_BYTES:
+        raise MalformedTensorsError(f"tensor {name[:100]!r} has unknown dtype {dtype[:20]!r}")
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        raise MalformedTensorsError(f"tensor {name[:100]!r} has an impossible shape")
+    size_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    if begin < 0 or end - begin != size_bytes:
+        raise MalformedTensorsError(f"tensor {name[:100]!r} has offsets that do not fit its shape")
+    return TensorInfo(dtype, tuple(shape), data_start + begin, size_bytes)
+
+
+def _check_layout(infos: Mapping[str, TensorInfo], data_start: int, file_bytes: int) -> None:
+    position = data_start
+    for info in sorted(infos.values(), key=lambda info: (info.start, info.size_bytes)):
+        if info.start != position:
+            raise MalformedTensorsError("tensors overlap or leave a gap")
+        position += info.size_bytes
+    if position != file_bytes:
+        raise MalformedTensorsError("the file's size is not what the header says")

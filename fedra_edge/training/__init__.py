@@ -1,0 +1,1 @@
+"""Training of a slice on this machine, one module per backend."""

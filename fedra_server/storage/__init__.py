@@ -1,0 +1,1 @@
+"""Where the server keeps what must survive: records in a database, bytes in files."""

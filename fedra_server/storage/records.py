@@ -1,0 +1,107 @@
+"""The records themselves: frozen values, one class per table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.devices import DeviceProfile
+from fedra_edge.protocol.ids import AssignmentId, ClientId, ModelId, RunId, UploadId
+from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.rounds import Evaluation
+from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
+from fedra_server.runs import AssignmentState, RunSpec, RunState
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """A member of the population; times are seconds since the epoch by the server's clock."""
+
+    client_id: ClientId
+    name: str
+    run: str | None
+    profile: DeviceProfile
+    enrolled_at: float
+    last_seen_at: float
+    is_online: bool
+    has_left: bool
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A registered model."""
+
+    model_id: ModelId
+    spec: ModelSpec
+    added_at: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run and where it stands."""
+
+    run: RunId
+    model_id: ModelId
+    spec: RunSpec
+    state: RunState
+    created_at: float
+
+
+@dataclass(frozen=True)
+class RevisionRecord:
+    """A published adapter state; ``last_trained`` has the last round of each layer, 0 for none."""
+
+    run: RunId
+    manifest: RevisionManifest
+    last_trained: tuple[int, ...]
+    published_at: float
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round; ``draws`` counts the allocation matrices drawn for it, ``published_at`` ends it."""
+
+    run: RunId
+    number: int
+    base_revision: int
+    draws: int
+    opened_at: float
+    deadline_at: float
+    published_at: float | None
+
+
+@dataclass(frozen=True)
+class AssignmentRecord:
+    """One participant's work in a round; ``chance`` is its probability to hold any one layer."""
+
+    assignment_id: AssignmentId
+    run: RunId
+    round_number: int
+    client_id: ClientId
+    manifest: SliceManifest
+    chance: float
+    reason: str
+    state: AssignmentState
+    detail: str
+    delta: DeltaManifest | None
+    issued_at: float
+    settled_at: float | None
+
+
+@dataclass(frozen=True)
+class UploadRecord:
+    """A delta on its way; its bytes so far are a file named by the upload."""
+
+    upload_id: UploadId
+    assignment_id: AssignmentId
+    client_id: ClientId
+    delta: DeltaManifest
+    created_at: float
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One client's counts on one revision."""
+
+    client_id: ClientId
+    evaluation: Evaluation
