@@ -1,1 +1,127 @@
-"""Client SDK for federated tuning on machines that cannot hold the model."""
+"""Client SDK for federated tuning on machines that cannot hold the model.
+
+    import fedra_edge
+
+    with fedra_edge.join("https://plant.example", data="images") as client:
+        client.wait()
+
+Importing this package is quick: what is heavy is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from fedra_edge.client import EdgeClient, join
+    from fedra_edge.config import EdgeConfig
+    from fedra_edge.data.dataset import Example, LocalDataset
+    from fedra_edge.data.image_folder import ImageFolder
+    from fedra_edge.data.manifest import ManifestDataset
+    from fedra_edge.errors import (
+        BackendUnavailableError,
+        ConfigurationError,
+        DataError,
+        DeltaRefusedError,
+        FedraEdgeError,
+        IdentityError,
+        NotAuthenticatedError,
+        NotFoundError,
+        NotPermittedError,
+        OffsetMismatchError,
+        ProtocolMismatchError,
+        RoundClosedError,
+        ServerRefusedError,
+        ServerUnreachableError,
+        SliceError,
+        StorageError,
+        StorageFullError,
+        TrainingInterrupted,
+        UnexpectedAnswerError,
+        WorkInterrupted,
+    )
+    from fedra_edge.progress import ClientProgress, Phase
+    from fedra_edge.training.trainer import (
+        BlockTiming,
+        EvaluationCounts,
+        SliceWork,
+        TrainedSlice,
+        Trainer,
+        WholeModel,
+    )
+
+    __version__: str
+
+__all__ = [
+    "BackendUnavailableError",
+    "BlockTiming",
+    "ClientProgress",
+    "ConfigurationError",
+    "DataError",
+    "DeltaRefusedError",
+    "EdgeClient",
+    "EdgeConfig",
+    "EvaluationCounts",
+    "Example",
+    "FedraEdgeError",
+    "IdentityError",
+    "ImageFolder",
+    "LocalDataset",
+    "ManifestDataset",
+    "NotAuthenticatedError",
+    "NotFoundError",
+    "NotPermittedError",
+    "OffsetMismatchError",
+    "Phase",
+    "ProtocolMismatchError",
+    "RoundClosedError",
+    "ServerRefusedError",
+    "ServerUnreachableError",
+    "SliceError",
+    "SliceWork",
+    "StorageError",
+    "StorageFullError",
+    "TrainedSlice",
+    "Trainer",
+    "TrainingInterrupted",
+    "UnexpectedAnswerError",
+    "WholeModel",
+    "WorkInterrupted",
+    "__version__",
+    "join",
+]
+
+_ELSEWHERE: Final = {
+    "BlockTiming": "training.trainer",
+    "ClientProgress": "progress",
+    "EdgeClient": "client",
+    "EdgeConfig": "config",
+    "EvaluationCounts": "training.trainer",
+    "Example": "data.dataset",
+    "ImageFolder": "data.image_folder",
+    "LocalDataset": "data.dataset",
+    "ManifestDataset": "data.manifest",
+    "Phase": "progress",
+    "SliceWork": "training.trainer",
+    "TrainedSlice": "training.trainer",
+    "Trainer": "training.trainer",
+    "WholeModel": "training.trainer",
+    "join": "client",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (PEP 562: the type is that of the name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fedra")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

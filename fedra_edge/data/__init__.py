@@ -1,1 +1,21 @@
 """Local data: examples are read here and never leave the device."""
+
+from fedra_edge.data.dataset import Example, LocalDataset, SkipReport, is_held_out_by_key
+from fedra_edge.data.image_folder import ImageFolder
+from fedra_edge.data.images import prepare_image
+from fedra_edge.data.manifest import ManifestDataset
+from fedra_edge.data.matching import MatchedDataset, match_labels
+from fedra_edge.data.opening import open_dataset
+
+__all__ = [
+    "Example",
+    "ImageFolder",
+    "LocalDataset",
+    "ManifestDataset",
+    "MatchedDataset",
+    "SkipReport",
+    "is_held_out_by_key",
+    "match_labels",
+    "open_dataset",
+    "prepare_image",
+]

@@ -1,0 +1,140 @@
+"""What a site may choose for its client, from arguments and FEDRA_EDGE_* variables."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from fedra_edge.errors import ConfigurationError
+from fedra_edge.protocol.messages import RunName, SiteName
+from fedra_edge.protocol.routes import MAX_POLL_S
+
+_UNITS: Final[Mapping[str, int]] = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(value: object) -> object:
+    """Read ``'512MB'`` or ``'1.5 GiB'`` as bytes; give anything that is no text back unchanged.
+
+    Raises:
+        ValueError: The text is no number with a known unit.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{value!r} is no size; write for example 512MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def default_home() -> Path:
+    """Give the place for user data that the platform recommends."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "fedra-edge"
+
+
+def default_name() -> str:
+    """Make a site name of the machine's host name."""
+    letters = re.sub(r"[^A-Za-z0-9 ._-]", "-", socket.gethostname()).lstrip(" ._-")
+    return letters[:64] or "unnamed"
+
+
+def _check_url(url: str) -> str:
+    parts = urlsplit(url.strip())
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"{url!r} is no server address; write for example https://plant.example")
+    if parts.query or parts.fragment or parts.username:
+        raise ValueError("a server address has no user name, query or fragment")
+    return url.strip().rstrip("/")
+
+
+SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
+ServerUrl = Annotated[str, AfterValidator(_check_url)]
+
+
+class EdgeConfig(BaseSettings):
+    """The settings of one client; every field can come from ``FEDRA_EDGE_<FIELD>``.
+
+    ``memory_bytes`` caps what the whole process may occupy, ``max_layers`` the layers trained
+    in a round, ``disk_quota_bytes`` the cache of model weights below ``home``.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="FEDRA_EDGE_", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    server: ServerUrl
+    data: Path | None = None
+    home: Path = Field(default_factory=default_home)
+    name: SiteName = Field(default_factory=default_name)
+    run: RunName | None = None
+    memory_bytes: SizeBytes | None = None
+    max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    disk_quota_bytes: SizeBytes = 10 * 10**9
+    backend: Literal["auto", "torch"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    poll_s: Annotated[float, Field(ge=0, le=MAX_POLL_S)] = 25.0
+    heartbeat_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+
+    @property
+    def blobs(self) -> Path:
+        """Where downloaded weights are kept, shared by all servers of this home."""
+        return self.home / "blobs"
+
+    @property
+    def membership(self) -> Path:
+        """What belongs to this server alone: identity and outbox."""
+        return self.home / "servers" / _folder_name(self.server)
+
+    @property
+    def outbox(self) -> Path:
+        """Where trained deltas wait until the server has them."""
+        return self.membership / "outbox"
+
+
+def load_config(options: Mapping[str, object]) -> EdgeConfig:
+    """Combine given options with the environment; an option that is None counts as not given.
+
+    Raises:
+        ConfigurationError: Something is missing, unknown or out of range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return EdgeConfig.model_validate(given)
+    except ValidationError as error:
+        raise ConfigurationError(
+            "; ".join(_explain(dict(item)) for item in error.errors(include_url=False)),
+            remedy="check the options and the FEDRA_EDGE_* variables",
+        ) from None
+
+
+def _explain(item: Mapping[str, object]) -> str:
+    location = item.get("loc")
+    field = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
+    return f"{field or 'settings'}: {item.get('msg')}"
+
+
+def _folder_name(url: str) -> str:
+    parts = urlsplit(url)
+    readable = re.sub(r"[^A-Za-z0-9.-]", "-", parts.netloc)[:40]
+    return f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

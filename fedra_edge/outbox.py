@@ -1,0 +1,118 @@
+"""Trained deltas on disk from before the first attempt to send until the server has them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from fedra_edge.durable_files import set_aside, storage_errors, write_durably
+from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
+from fedra_edge.protocol.ids import AssignmentId
+from fedra_edge.protocol.tensors import sha256_of_file
+
+LOGGER: Final = logging.getLogger(__name__)
+_TENSORS: Final = ".safetensors"
+_MANIFEST: Final = ".json"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A delta that waits to be sent."""
+
+    manifest: DeltaManifest
+    file: Path
+
+
+class Outbox:
+    """A directory with two files per delta; the manifest is written last and makes it complete."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def put(
+        self,
+        assignment_id: AssignmentId,
+        tensors: bytes,
+        *,
+        num_examples: int,
+        report: TrainingReport,
+    ) -> Parcel:
+        """Keep a delta; on return it survives a crash.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        manifest = DeltaManifest(
+            assignment_id=assignment_id,
+            sha256=sha256(tensors).hexdigest(),
+            size_bytes=len(tensors),
+            num_examples=num_examples,
+            report=report,
+        )
+        file = self._file(assignment_id, _TENSORS)
+        write_durably(file, tensors)
+        write_durably(self._file(assignment_id, _MANIFEST), manifest.model_dump_json().encode())
+        return Parcel(manifest, file)
+
+    def parcels(self) -> list[Parcel]:
+        """Read what waits, the oldest first; what is damaged is set aside in ``damaged/``."""
+        with storage_errors(f"read {self._directory}"):
+            self._drop_unfinished()
+            manifests = sorted(
+                self._directory.glob(f"*{_MANIFEST}"), key=lambda path: path.stat().st_mtime_ns
+            )
+        parcels = [self._read(path) for path in manifests]
+        return [parcel for parcel in parcels if parcel is not None]
+
+    def has(self, assignment_id: AssignmentId) -> bool:
+        """Tell whether this assignment's delta waits to be sent."""
+        return self._file(assignment_id, _MANIFEST).exists()
+
+    def remove(self, assignment_id: AssignmentId) -> None:
+        """Drop a delta that the server has."""
+        with storage_errors(f"tidy up {self._directory}"):
+            self._file(assignment_id, _MANIFEST).unlink(missing_ok=True)
+            self._file(assignment_id, _TENSORS).unlink(missing_ok=True)
+
+    def refuse(self, assignment_id: AssignmentId) -> None:
+        """Move a delta that the server does not want to ``refused/``, where it stays."""
+        self._set_aside(assignment_id, "refused")
+
+    def _drop_unfinished(self) -> None:
+        for path in self._directory.glob(f"*{_TENSORS}"):
+            if not self.has(AssignmentId(path.stem)):  # killed before it was complete
+                path.unlink()
+
+    def _read(self, path: Path) -> Parcel | None:
+        assignment_id = AssignmentId(path.stem)
+        file = self._file(assignment_id, _TENSORS)
+        with (
+            storage_errors(f"read {path}"),
+            contextlib.suppress(ValidationError, FileNotFoundError),
+        ):
+            manifest = DeltaManifest.model_validate_json(path.read_bytes())
+            is_whole = file.stat().st_size == manifest.size_bytes
+            if (
+                is_whole
+                and manifest.id == assignment_id
+                and sha256_of_file(file) == manifest.sha256
+            ):
+                return Parcel(manifest, file)
+        LOGGER.warning("the delta of assignment %s is damaged and was set aside", assignment_id)
+        self._set_aside(assignment_id, "damaged")
+        return None
+
+    def _set_aside(self, assignment_id: AssignmentId, folder: str) -> None:
+        for suffix in (_MANIFEST, _TENSORS):
+            path = self._file(assignment_id, suffix)
+            if path.exists():
+                set_aside(path, self._directory / folder)
+
+    def _file(self, assignment_id: AssignmentId, suffix: str) -> Path:
+        return self._directory / f"{assignment_id}{suffix}"

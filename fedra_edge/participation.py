@@ -1,0 +1,265 @@
+"""Does what an assignment asks for: calibrate, evaluate, train; its result is in the outbox."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fedra_edge.api import ServerApi
+from fedra_edge.config import EdgeConfig
+from fedra_edge.control import Control
+from fedra_edge.data.dataset import LocalDataset
+from fedra_edge.data.matching import MatchedDataset, match_labels
+from fedra_edge.deltas import compute_delta, pack_delta
+from fedra_edge.errors import (
+    BackendUnavailableError,
+    DataError,
+    NotAuthenticatedError,
+    ProtocolMismatchError,
+    ServerRefusedError,
+    ServerUnreachableError,
+    SliceError,
+    StorageFullError,
+    WorkInterrupted,
+)
+from fedra_edge.heartbeats import Heartbeats
+from fedra_edge.layer_cache import LayerCache
+from fedra_edge.outbox import Outbox
+from fedra_edge.profiling import peak_memory_bytes
+from fedra_edge.progress import Phase, ProgressBoard
+from fedra_edge.protocol.deltas import TrainingReport
+from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.ids import ModelId
+from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.rounds import Evaluation, EvaluationTask, Train, Wait
+from fedra_edge.protocol.slices import SliceManifest
+from fedra_edge.slicing import materialize, whole_model
+from fedra_edge.training.trainer import TrainedSlice, Trainer
+from fedra_edge.transport import Traffic, Transport
+
+LOGGER: Final = logging.getLogger(__name__)
+FATAL: Final = (NotAuthenticatedError, ProtocolMismatchError, BackendUnavailableError)
+"""Errors after which nothing this client could be asked to do would work."""
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """Everything that work needs; built once per client."""
+
+    config: EdgeConfig
+    control: Control
+    board: ProgressBoard
+    transport: Transport
+    api: ServerApi
+    outbox: Outbox
+    layer_cache: LayerCache
+    dataset: LocalDataset
+    trainer: Trainer
+
+
+class Participation:
+    """The work of one client.
+
+    ``prepare`` and ``train`` return whether the work was done. What fails is logged, an
+    assignment that fails is reported to the server; only ``FATAL`` errors are raised, and
+    ``DataError`` when no example is left to train on.
+    """
+
+    def __init__(self, equipment: Equipment) -> None:
+        self._equipment = equipment
+        self._api = equipment.api
+        self._board = equipment.board
+        self._specs: dict[ModelId, ModelSpec] = {}
+        self._matched: dict[ModelId, MatchedDataset] = {}
+        self._reported = Traffic(0, 0)
+
+    def prepare(self, wait: Wait) -> bool:
+        """Do what helps while there is nothing to train."""
+        task = wait.evaluate
+        model_id = wait.calibrate or (task.model_id if task is not None else "")
+        try:
+            if wait.calibrate is not None:
+                self._calibrate(ModelId(wait.calibrate))
+            if task is not None:
+                self._evaluate(task)
+        except WorkInterrupted:
+            return True
+        except Exception as error:
+            LOGGER.exception("the work could not be done; trying again later")
+            self._raise_if_fatal(model_id, error)
+            return False
+        return True
+
+    def train(self, train: Train) -> bool:
+        """Train a slice and put its delta into the outbox."""
+        manifest = train.manifest
+        if self._equipment.outbox.has(manifest.id):  # trained before, not delivered yet
+            return False
+        interval_s = self._equipment.config.heartbeat_s
+        beats = Heartbeats(
+            self._api, manifest.id, steps_total=manifest.steps, interval_s=interval_s
+        )
+        try:
+            with beats:
+                if train.evaluate is not None:
+                    self._evaluate(train.evaluate, beats)
+                self._train_slice(manifest, beats)
+        except WorkInterrupted as error:
+            LOGGER.info("round %d: %s", manifest.round_number, error)
+            return True
+        except Exception as error:
+            LOGGER.exception("round %d: training failed", manifest.round_number)
+            self._report(manifest, error)
+            self._raise_if_fatal(manifest.model_id, error)
+            return False
+        return True
+
+    def _calibrate(self, model_id: ModelId) -> None:
+        spec = self._spec(model_id)
+        data = self._data(model_id)
+        self._board.update(phase=Phase.CALIBRATING, detail=f"measuring a block of {spec.name}")
+        timing = self._equipment.trainer.calibrate(spec)
+        calibration = Calibration(
+            model_id=model_id,
+            forward_s=timing.forward_s,
+            backward_s=timing.backward_s,
+            train_examples=len(data.train_indices),
+            held_out_examples=len(data.held_out_indices),
+        )
+        self._api.calibrate(calibration)
+
+    def _evaluate(self, task: EvaluationTask, beats: Heartbeats | None = None) -> None:
+        model_id = ModelId(task.model_id)
+        data = self._data(model_id)
+        if not data.held_out_indices:
+            LOGGER.info("no held-out examples here; nothing to evaluate")
+            return
+        number = task.revision.number
+        self._board.update(
+            phase=Phase.EVALUATING, run=task.run, detail=f"evaluating revision {number}"
+        )
+        model = whole_model(task, self._spec(model_id), self._equipment.layer_cache)
+        counts = self._equipment.trainer.evaluate(model, data, lambda: self._should_stop(beats))
+        evaluation = Evaluation(
+            run=task.run,
+            revision=number,
+            num_examples=counts.num_examples,
+            num_correct=counts.num_correct,
+            loss_sum=counts.loss_sum,
+        )
+        self._board.update(
+            accuracy=counts.num_correct / counts.num_examples, evaluated_revision=number
+        )
+        try:
+            self._api.send_evaluation(evaluation)
+        except FATAL:
+            raise
+        except ServerRefusedError as error:
+            LOGGER.warning("the server does not want this evaluation: %s", error)
+
+    def _train_slice(self, manifest: SliceManifest, beats: Heartbeats) -> None:
+        self._board.update(
+            phase=Phase.DOWNLOADING,
+            run=manifest.run,
+            round_number=manifest.round_number,
+            steps_done=0,
+            steps_total=manifest.steps,
+            loss=None,
+            detail=f"fetching layers {_listed(manifest.layer_ids)}",
+        )
+        data = self._data(ModelId(manifest.model_id))
+        with self._equipment.layer_cache.holding():
+            spec = self._spec(ModelId(manifest.model_id))
+            work = materialize(manifest, spec, self._equipment.layer_cache)
+            layers = _listed(manifest.trained_layer_ids)
+            self._board.update(phase=Phase.TRAINING, detail=f"training layers {layers}")
+            trained = self._equipment.trainer.train(
+                work,
+                data,
+                lambda done, total, loss: self._on_step(beats, done, total, loss),
+                lambda: self._should_stop(beats),
+            )
+        delta = pack_delta(compute_delta(work.adapters, trained.adapters))
+        self._equipment.outbox.put(
+            manifest.id,
+            delta,
+            num_examples=trained.num_examples,
+            report=self._training_report(trained),
+        )
+
+    def _on_step(self, beats: Heartbeats, done: int, total: int, loss: float) -> None:
+        beats.note(done)
+        traffic = self._equipment.transport.traffic
+        self._board.update(
+            phase=Phase.TRAINING,
+            steps_done=done,
+            steps_total=total,
+            loss=loss,
+            bytes_received=traffic.bytes_received,
+            bytes_sent=traffic.bytes_sent,
+        )
+
+    def _should_stop(self, beats: Heartbeats | None) -> bool:
+        control = self._equipment.control
+        if control.is_paused:
+            phase = self._board.current.phase
+            self._board.update(phase=Phase.PAUSED)
+            control.wait_while_paused()
+            self._board.update(phase=phase)
+        return control.is_stopping or (beats is not None and not beats.is_wanted)
+
+    def _training_report(self, trained: TrainedSlice) -> TrainingReport:
+        traffic = self._equipment.transport.traffic
+        before, self._reported = self._reported, traffic
+        return TrainingReport(
+            steps=trained.steps,
+            first_loss=trained.first_loss,
+            last_loss=trained.last_loss,
+            train_s=trained.train_s,
+            peak_memory_bytes=peak_memory_bytes(),
+            bytes_received=traffic.bytes_received - before.bytes_received,
+            bytes_sent=traffic.bytes_sent - before.bytes_sent,
+        )
+
+    def _spec(self, model_id: ModelId) -> ModelSpec:
+        if model_id not in self._specs:
+            self._specs[model_id] = self._api.model(model_id)
+        return self._specs[model_id]
+
+    def _data(self, model_id: ModelId) -> MatchedDataset:
+        if model_id not in self._matched:
+            matched = match_labels(self._equipment.dataset, self._spec(model_id).labels)
+            for line in matched.report:
+                LOGGER.warning("local data: %s", line)
+            self._matched[model_id] = matched
+        return self._matched[model_id]
+
+    def _report(self, manifest: SliceManifest, error: Exception) -> None:
+        try:
+            self._api.report_failure(manifest.id, _told_to_server(error))
+        except (ServerRefusedError, ServerUnreachableError, WorkInterrupted) as refusal:
+            LOGGER.warning("the failure could not be reported: %s", refusal)
+
+    def _raise_if_fatal(self, model_id: str, error: Exception) -> None:
+        """Raise what no later attempt can mend; data that failed is looked at anew first."""
+        if isinstance(error, FATAL):
+            raise error
+        if isinstance(error, DataError):
+            if self._matched.pop(ModelId(model_id), None) is None:
+                raise error
+            self._data(ModelId(model_id))
+
+
+def _told_to_server(error: Exception) -> str:
+    """Say what happened without names of local files or values of local data."""
+    if isinstance(error, StorageFullError):
+        return "the client's disk or cache quota is full"
+    if isinstance(error, SliceError | WorkInterrupted | ServerRefusedError):
+        return str(error)
+    return f"{type(error).__name__}; the client's own log has the details"
+
+
+def _listed(layer_ids: Sequence[int]) -> str:
+    return ", ".join(str(layer_id) for layer_id in layer_ids)

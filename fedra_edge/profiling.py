@@ -1,0 +1,152 @@
+"""Measures what this process may really use of its machine, after every limit on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from fedra_edge.accelerators import find_accelerators
+from fedra_edge.cgroups import GroupLimit, GroupLimits, read_group_limits
+from fedra_edge.durable_files import storage_errors
+from fedra_edge.protocol.devices import Backend, DeviceProfile
+
+_SYSTEM_RESERVE: Final = 0.05
+"""Share of the machine's memory that is left to the system and its file cache."""
+
+_MAX_TEXT: Final = 200
+_MAX_CPUS: Final = 4096.0
+
+
+@dataclass(frozen=True)
+class SiteCaps:
+    """What the site allows, whatever the machine has."""
+
+    memory_bytes: int | None = None
+    max_layers: int | None = None
+    disk_bytes: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Memory of machine and process at one moment, in bytes; no address limit is None."""
+
+    total_bytes: int
+    available_bytes: int
+    resident_bytes: int
+    virtual_bytes: int
+    address_limit_bytes: int | None = None
+
+
+def measure_device(
+    *,
+    backend: Backend,
+    home: Path,
+    caps: SiteCaps,
+    cached_bytes: int = 0,
+    root: Path = Path("/"),
+) -> DeviceProfile:
+    """Measure the machine; call it when the training runtime is loaded and nothing else.
+
+    Args:
+        backend: The runtime that is loaded.
+        home: Where weights will be kept; it need not exist yet.
+        caps: The site's own limits.
+        cached_bytes: Weights that are on the disk already and may stay or give way.
+        root: The file system to read control groups from.
+    """
+    limits = read_group_limits(root)
+    state = _memory_state()
+    return DeviceProfile(
+        platform=platform.platform()[:_MAX_TEXT],
+        python=platform.python_version(),
+        backend=backend,
+        cpu_count=usable_cpus(_schedulable_cpus(), limits, caps),
+        memory_bytes=usable_memory(state, limits, caps),
+        baseline_bytes=state.resident_bytes,
+        disk_free_bytes=usable_disk(home, caps, cached_bytes),
+        accelerators=find_accelerators(),
+        max_layers=caps.max_layers,
+    )
+
+
+def usable_memory(state: MemoryState, limits: GroupLimits, caps: SiteCaps) -> int:
+    """Give the most that this process may occupy: the tightest of all limits on it."""
+    reserve_bytes = int(state.total_bytes * _SYSTEM_RESERVE)
+    bounds = [state.resident_bytes + state.available_bytes - reserve_bytes]
+    bounds += [_share_of(limit, state.resident_bytes) for limit in limits.memory]
+    if state.address_limit_bytes is not None:
+        unbacked_bytes = max(0, state.virtual_bytes - state.resident_bytes)
+        bounds.append(state.address_limit_bytes - unbacked_bytes)
+    if caps.memory_bytes is not None:
+        bounds.append(caps.memory_bytes)
+    return max(0, min(bounds))
+
+
+def usable_cpus(schedulable: int, limits: GroupLimits, caps: SiteCaps) -> float:
+    """Give how many processors this process gets at once, in fractions where there is a quota."""
+    bounds = [float(schedulable), _MAX_CPUS]
+    if limits.cpu_count is not None:
+        bounds.append(max(limits.cpu_count, 0.01))
+    if caps.threads is not None:
+        bounds.append(float(caps.threads))
+    return min(bounds)
+
+
+def usable_disk(home: Path, caps: SiteCaps, cached_bytes: int = 0) -> int:
+    """Give how many bytes of weights fit on the disk of ``home`` and in the site's quota."""
+    existing = next(path for path in (home.absolute(), *home.absolute().parents) if path.exists())
+    with storage_errors(f"ask for free space at {existing}"):
+        free_bytes = shutil.disk_usage(existing).free + cached_bytes
+    return free_bytes if caps.disk_bytes is None else min(free_bytes, caps.disk_bytes)
+
+
+def peak_memory_bytes() -> int:
+    """Give the most that this process ever occupied."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+        if match is not None:
+            return int(match[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _share_of(limit: GroupLimit, resident_bytes: int) -> int:
+    others_bytes = max(0, limit.used_bytes - resident_bytes)
+    return limit.limit_bytes - others_bytes
+
+
+def _memory_state() -> MemoryState:
+    machine = psutil.virtual_memory()
+    own = psutil.Process().memory_info()
+    return MemoryState(machine.total, machine.available, own.rss, own.vms, _address_limit())
+
+
+def _address_limit() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _schedulable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    if sys.platform == "win32":
+        return len(psutil.Process().cpu_affinity()) or 1
+    return os.cpu_count() or 1

@@ -1,0 +1,152 @@
+"""The client loop: ask what to do, do it, deliver the result, until told to stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+from fedra_edge.errors import (
+    FedraEdgeError,
+    ServerRefusedError,
+    ServerUnreachableError,
+    WorkInterrupted,
+)
+from fedra_edge.identity import Identity, IdentityFile
+from fedra_edge.outbox import Parcel
+from fedra_edge.participation import FATAL, Equipment, Participation
+from fedra_edge.progress import Phase
+from fedra_edge.protocol.devices import DeviceProfile
+from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
+from fedra_edge.protocol.rounds import Stop, Train, Wait
+from fedra_edge.retrying import RetryPolicy
+
+LOGGER: Final = logging.getLogger(__name__)
+_DELIVERY: Final = RetryPolicy(max_attempts=5, max_wait_s=5.0)
+_AFTER_FAILURE: Final = RetryPolicy(first_wait_s=1.0, max_wait_s=60.0)
+_QUICK_S: Final = 0.2
+_MAX_QUICK: Final = 5
+_BREATH_S: Final = 1.0
+
+
+class Session:
+    """One client's membership in action; ``run`` returns when the work is over."""
+
+    def __init__(
+        self, equipment: Equipment, identity_file: IdentityFile, profile: DeviceProfile
+    ) -> None:
+        self._equipment = equipment
+        self._api = equipment.api
+        self._control = equipment.control
+        self._board = equipment.board
+        self._identity_file = identity_file
+        self._profile = profile
+        self._participation = Participation(equipment)
+        self._failures = 0
+        self._quick_answers = 0
+
+    def run(self) -> None:
+        """Take part until the server or the embedding program says stop.
+
+        Raises:
+            ServerRefusedError: The server does not accept this client.
+            DataError: No local example can be trained on.
+            BackendUnavailableError: The training runtime does not work.
+            StorageError: The home cannot be read or written.
+        """
+        try:
+            self._join()
+            while not self._control.is_stopping:
+                self._rest_while_paused()
+                self._deliver()
+                self._board.update(phase=Phase.WAITING)
+                asked_at = time.monotonic()
+                match self._api.assignment(self._equipment.config.poll_s):
+                    case Stop(reason=reason):
+                        LOGGER.info("the server says stop: %s", reason)
+                        break
+                    case Wait() as wait:
+                        self._board.update(detail=wait.reason)
+                        self._pace(self._participation.prepare(wait), wait, asked_at)
+                    case Train() as train:
+                        self._pace(self._participation.train(train))
+        except WorkInterrupted:
+            LOGGER.debug("stopped as asked")
+        finally:
+            self._say_goodbye()
+
+    def _join(self) -> None:
+        """Come back as who we were, or become a member."""
+        config = self._equipment.config
+        self._board.update(phase=Phase.CONNECTING, detail=f"connecting to {config.server}")
+        identity = self._identity_file.load()
+        if identity is None:
+            request = EnrolRequest(name=config.name, profile=self._profile, run=config.run)
+            receipt = self._api.enrol(request)
+            identity = Identity(ClientId(receipt.client_id), receipt.credential)
+            self._identity_file.save(identity)
+            self._equipment.transport.authenticate(identity.credential)
+            LOGGER.info("enrolled at %s as client %s", config.server, identity.client_id)
+        else:
+            self._equipment.transport.authenticate(identity.credential)
+            self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run))
+            LOGGER.info("back at %s as client %s", config.server, identity.client_id)
+        self._board.update(client_id=identity.client_id)
+
+    def _rest_while_paused(self) -> None:
+        if self._control.is_paused:
+            self._tell_offline()
+            self._board.update(phase=Phase.PAUSED, detail="paused")
+            self._control.wait_while_paused()
+
+    def _deliver(self) -> None:
+        """Send every delta that waits; one that cannot be sent now stays for the next time."""
+        for parcel in self._equipment.outbox.parcels():
+            self._board.update(phase=Phase.SENDING, detail="sending the delta")
+            try:
+                self._send(parcel)
+            except ServerUnreachableError as error:
+                LOGGER.warning("the delta waits in the outbox: %s", error)
+                return
+
+    def _send(self, parcel: Parcel) -> None:
+        assignment_id = parcel.manifest.id
+        try:
+            self._api.send_delta(parcel.manifest, parcel.file, _DELIVERY)
+        except FATAL:
+            raise
+        except ServerRefusedError as error:
+            LOGGER.warning("the server refused the delta of %s: %s", assignment_id, error)
+            self._equipment.outbox.refuse(assignment_id)
+        else:
+            self._equipment.outbox.remove(assignment_id)
+            contributed = self._board.current.rounds_contributed + 1
+            self._board.update(rounds_contributed=contributed, detail="the delta was admitted")
+
+    def _pace(self, is_done: bool, wait: Wait | None = None, asked_at: float = 0.0) -> None:  # noqa: FBT001
+        """Wait longer after each failure in a row, and keep off a server that never holds us."""
+        self._failures = 0 if is_done else self._failures + 1
+        is_quick = (
+            wait is not None
+            and wait.calibrate is None
+            and wait.evaluate is None
+            and time.monotonic() - asked_at < _QUICK_S
+        )
+        self._quick_answers = self._quick_answers + 1 if is_quick else 0
+        if self._failures:
+            self._control.stopping.wait(_AFTER_FAILURE.wait_s(self._failures, 1.0))
+        elif self._quick_answers > _MAX_QUICK:
+            self._control.stopping.wait(_BREATH_S)
+
+    def _say_goodbye(self) -> None:
+        self._control.settle()
+        self._equipment.transport.reopen()
+        if self._board.current.client_id is not None:
+            self._tell_offline()
+
+    def _tell_offline(self) -> None:
+        try:
+            self._api.offline()
+        except FedraEdgeError as error:
+            LOGGER.info("could not tell the server that this client goes offline: %s", error)

@@ -1,0 +1,201 @@
+"""Builds the pieces of a model family as PyTorch modules and fills them, strictly, from tensors.
+
+Modules are built without memory (on the meta device) and take the tensors they are filled with,
+so a piece read from a memory-mapped file costs no copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.models.vit.configuration_vit import ViTConfig
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
+from typing_extensions import override
+
+from fedra_edge.errors import SliceError
+from fedra_edge.protocol.ids import LayerId
+from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, TensorKey
+from fedra_edge.protocol.models import AdapterSpec, ModelSpec
+from fedra_edge.protocol.tensors import FloatArray
+
+_ATTENTION: Final = "sdpa"
+"""What from_pretrained chooses for these models; anything else would give other roundings."""
+
+_PEFT_NAMES: Final = {LORA_A: "lora_A.default.weight", LORA_B: "lora_B.default.weight"}
+
+
+class ViTHead(nn.Module):
+    """Final norm and classifier on the first token, as in ViTForImageClassification."""
+
+    def __init__(self, config: ViTConfig, num_labels: int) -> None:
+        super().__init__()
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    @override
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (examples, tokens, width) to logits (examples, labels)."""
+        logits: Tensor = self.classifier(self.layernorm(hidden)[:, 0, :])
+        return logits
+
+
+@dataclass(frozen=True)
+class Builders:
+    """How to build a family's pieces from its configuration."""
+
+    configuration: Callable[[Mapping[str, Any]], Any]
+    stem: Callable[[Any], nn.Module]
+    block: Callable[[Any], nn.Module]
+    head: Callable[[Any, int], nn.Module]
+
+
+def _vit_config(values: Mapping[str, Any]) -> ViTConfig:
+    return ViTConfig.from_dict(dict(values), attn_implementation=_ATTENTION)
+
+
+_BUILDERS: Final = {"vit": Builders(_vit_config, ViTEmbeddings, ViTLayer, ViTHead)}
+
+
+def build_stem(spec: ModelSpec) -> nn.Module:
+    """Build the stem, unfilled and frozen."""
+    return _built(spec, _builders(spec).stem)
+
+
+def build_head(spec: ModelSpec) -> nn.Module:
+    """Build the head, unfilled and frozen."""
+    head = _builders(spec).head
+    return _built(spec, lambda config: head(config, len(spec.labels)))
+
+
+def build_block(spec: ModelSpec, adapter: AdapterSpec) -> nn.Module:
+    """Build one layer with adapters on exactly the targets, unfilled and frozen.
+
+    Raises:
+        SliceError: A target is no linear module of the block.
+    """
+    block = _built(spec, _builders(spec).block)
+    for target in adapter.targets:
+        if target not in spec.block_linears:
+            raise SliceError(f"{target!r} is no linear module of a block of model {spec.name}")
+    exactly = "|".join(re.escape(target) for target in adapter.targets)  # peft uses fullmatch
+    lora = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft only divides it by r
+        target_modules=exactly,
+    )
+    inject_adapter_in_model(lora, block, low_cpu_mem_usage=True)
+    return block.requires_grad_(requires_grad=False)
+
+
+def read_piece(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """Open a piece's weights; on the CPU they stay in the file until they are used.
+
+    Raises:
+        SliceError: The file is no safetensors file.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise SliceError(f"{path.name} is no file of weights: {error}") from error
+
+
+def fill_block(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    adapters: Mapping[str, FloatArray],
+    layer_id: LayerId,
+    device: torch.device,
+) -> None:
+    """Give a block a layer's weights and its adapters, by their global names.
+
+    Raises:
+        SliceError: A tensor is missing, extra, or of another shape or dtype.
+    """
+    adapted = {
+        parameter_name(TensorKey.parse(name)): torch.tensor(value, device=device)
+        for name, value in adapters.items()
+        if TensorKey.parse(name).layer_id == layer_id
+    }
+    targets = {name.rpartition(".lora_A.")[0] for name in adapted if ".lora_A." in name}
+    base = {_base_name(name, targets): value for name, value in weights.items()}
+    _fill(block, base | adapted, f"layer {layer_id}")
+
+
+def fill_stem(stem: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a stem its weights.
+
+    Raises:
+        SliceError: A tensor is missing, extra, or of another shape or dtype.
+    """
+    _fill(stem, weights, "the stem")
+
+
+def fill_head(
+    head: nn.Module,
+    weights: Mapping[str, Tensor],
+    adapters: Mapping[str, FloatArray],
+    device: torch.device,
+) -> None:
+    """Give a head its weights, the trained ones from the adapter state.
+
+    Raises:
+        SliceError: A tensor is missing, extra, or of another shape or dtype.
+    """
+    trained = {
+        key.name: torch.tensor(adapters[str(key)], device=device)
+        for key in map(TensorKey.parse, adapters)
+        if key.piece == HEAD
+    }
+    _fill(head, dict(weights) | trained, "the head")
+
+
+def parameter_name(key: TensorKey) -> str:
+    """Name the parameter that holds an adapter tensor inside its piece's module."""
+    module, _, last = key.name.rpartition(".")
+    return f"{module}.{_PEFT_NAMES[last]}" if last in _PEFT_NAMES else key.name
+
+
+def _base_name(name: str, targets: set[str]) -> str:
+    """Name a frozen weight in a block whose adapted modules are wrapped by peft."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.base_layer.{last}" if module in targets else name
+
+
+def _builders(spec: ModelSpec) -> Builders:
+    if spec.family not in _BUILDERS:
+        known = ", ".join(_BUILDERS)
+        raise SliceError(
+            f"this client cannot build models of family {spec.family!r}, only: {known}",
+            remedy="Update fedra on this machine.",
+        )
+    return _BUILDERS[spec.family]
+
+
+def _built(spec: ModelSpec, build: Callable[[Any], nn.Module]) -> nn.Module:
+    config = _builders(spec).configuration(spec.config)
+    with torch.device("meta"):
+        module = build(config)
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    expected = module.state_dict()
+    if expected.keys() != tensors.keys():
+        odd = ", ".join(sorted(expected.keys() ^ tensors.keys())[:5])
+        raise SliceError(f"{what} has missing or extra tensors: {odd}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise SliceError(
+                f"{what}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"not {expected[name].dtype} {tuple(expected[name].shape)}"
+            )
+    module.load_state_dict(tensors, strict=True, assign=True)

@@ -1,0 +1,96 @@
+"""A resident slice: stem, the slice's layers by position, head, as one PyTorch module."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fedra_edge.protocol.ids import LayerId, Position
+from fedra_edge.protocol.layers import HEAD, STEM, LayerPositions, TensorKey, layer_piece
+from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.training.torch_blocks import (
+    build_block,
+    build_head,
+    build_stem,
+    fill_block,
+    fill_head,
+    fill_stem,
+    parameter_name,
+    read_piece,
+)
+from fedra_edge.training.trainer import SliceWork
+
+
+class TorchSlice(nn.Module):
+    """The layers of a slice in memory, at positions 0, 1, 2 ...; layers not listed are skipped.
+
+    Only the adapters of trained layers and the head's trained tensors require gradients.
+    """
+
+    def __init__(self, stem: nn.Module, blocks: dict[LayerId, nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.positions = LayerPositions.of(sorted(blocks))
+        self.stem = stem
+        self.layers = nn.ModuleList(blocks[layer_id] for layer_id in self.positions.layer_ids)
+        self.head = head
+        self.trained: dict[str, nn.Parameter] = {}
+        self._first_trained = Position(len(self.layers))
+
+    @classmethod
+    def load(cls, work: SliceWork, device: torch.device) -> Self:
+        """Build a slice, fill it and mark what is trained.
+
+        Raises:
+            SliceError: A piece does not fit the model.
+        """
+        spec, manifest = work.spec, work.manifest
+        stem, head = build_stem(spec), build_head(spec)
+        fill_stem(stem, read_piece(work.weights[STEM], device))
+        fill_head(head, read_piece(work.weights[HEAD], device), work.adapters, device)
+        blocks = {}
+        for layer_id in manifest.layer_ids:
+            blocks[layer_id] = block = build_block(spec, manifest.adapter)
+            weights = read_piece(work.weights[layer_piece(layer_id)], device)
+            fill_block(block, weights, work.adapters, layer_id, device)
+        loaded = cls(stem, blocks, head)
+        loaded._mark_trained(
+            spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids),
+            manifest.trained_layer_ids,
+        )
+        return loaded
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images to logits; nothing below the lowest trained layer keeps activations."""
+        with torch.no_grad():
+            hidden: Tensor = self.stem(images)
+            for block in self.layers[: self._first_trained]:
+                hidden = block(hidden)
+        for block in self.layers[self._first_trained :]:
+            hidden = block(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    def trained_values(self) -> dict[str, FloatArray]:
+        """Copy the trained tensors out, by global name."""
+        return {
+            name: parameter.detach().cpu().numpy().copy()
+            for name, parameter in self.trained.items()
+        }
+
+    def _mark_trained(self, names: Collection[str], layer_ids: tuple[LayerId, ...]) -> None:
+        for name in sorted(names):
+            key = TensorKey.parse(name)
+            parameter = self._piece(key).get_parameter(parameter_name(key))
+            parameter.requires_grad = True
+            self.trained[name] = parameter
+        self._first_trained = min(self.positions.position_of(layer_id) for layer_id in layer_ids)
+
+    def _piece(self, key: TensorKey) -> nn.Module:
+        if key.layer_id is None:
+            return self.head
+        return self.layers[self.positions.position_of(key.layer_id)]

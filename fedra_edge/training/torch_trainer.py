@@ -1,0 +1,137 @@
+"""The PyTorch trainer: ordinary autograd over a resident slice, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from fedra_edge.data.matching import MatchedDataset
+from fedra_edge.errors import SliceError, TrainingInterrupted
+from fedra_edge.protocol.devices import Backend
+from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.slices import TrainingSpec
+from fedra_edge.training.sampling import draw_batches
+from fedra_edge.training.torch_calibration import time_block
+from fedra_edge.training.torch_evaluation import evaluate_blockwise
+from fedra_edge.training.torch_slice import TorchSlice
+from fedra_edge.training.trainer import (
+    BlockTiming,
+    EvaluationCounts,
+    OnStep,
+    ShouldStop,
+    SliceWork,
+    TrainedSlice,
+    WholeModel,
+)
+
+
+class TorchTrainer:
+    """Implements ``Trainer``; takes the GPU when there is one."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(found) if device is None else device
+
+    @property
+    def backend(self) -> Backend:
+        """The framework underneath."""
+        return "torch"
+
+    def calibrate(self, spec: ModelSpec) -> BlockTiming:
+        """Time one block of the model with random weights, within about a second."""
+        return time_block(spec, self._device)
+
+    def train(
+        self, work: SliceWork, data: MatchedDataset, on_step: OnStep, should_stop: ShouldStop
+    ) -> TrainedSlice:
+        """Train the assigned layers' adapters and the head on the training examples.
+
+        Dropout stays off, so that a slice gives the same result whenever it is trained again.
+
+        Raises:
+            TrainingInterrupted: ``should_stop`` said so.
+            SliceError: The pieces do not fit the model, or training diverged.
+        """
+        started = time.perf_counter()
+        manifest = work.manifest
+        if manifest.residency == "streamed":
+            raise SliceError("this trainer keeps slices resident; it cannot stream them")
+        loaded = TorchSlice.load(work, self._device)
+        optimizer = _optimizer(manifest.training, loaded.trained.values())
+        losses: list[float] = []
+        for batch in draw_batches(
+            data.train_indices, manifest.training.batch_size, manifest.steps, manifest.seed
+        ):
+            if should_stop():
+                raise TrainingInterrupted(f"stopped after {len(losses)} of {manifest.steps} steps")
+            losses.append(self._accumulate(loaded, work, data, batch))
+            nn.utils.clip_grad_norm_(loaded.trained.values(), manifest.training.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            on_step(len(losses), manifest.steps, losses[-1])
+        return TrainedSlice(
+            adapters=loaded.trained_values(),
+            num_examples=len(data.train_indices),
+            steps=len(losses),
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            train_s=time.perf_counter() - started,
+        )
+
+    def evaluate(
+        self, model: WholeModel, data: MatchedDataset, should_stop: ShouldStop
+    ) -> EvaluationCounts:
+        """Count right answers on the held-out examples, with one block in memory at a time.
+
+        Raises:
+            TrainingInterrupted: ``should_stop`` said so.
+            SliceError: The pieces do not fit the model.
+        """
+        return evaluate_blockwise(model, data, should_stop, self._device)
+
+    def _accumulate(
+        self,
+        loaded: TorchSlice,
+        work: SliceWork,
+        data: MatchedDataset,
+        batch: NDArray[np.int64],
+    ) -> float:
+        """Add up the gradient of the batch's mean loss, one micro-batch at a time."""
+        batch_loss = 0.0
+        for micro_batch in _micro_batches(batch, work.manifest.micro_batch):
+            images, label_ids = data.batch(micro_batch, work.spec.input)
+            logits = loaded(torch.from_numpy(images).to(self._device))
+            labels = torch.from_numpy(label_ids).to(self._device)
+            loss = F.cross_entropy(logits, labels, reduction="sum") / len(batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            batch_loss += loss.item()
+        if not math.isfinite(batch_loss):
+            raise SliceError(
+                "training diverged: the loss is not finite",
+                remedy="Lower the run's learning rate or its clip norm.",
+            )
+        return batch_loss
+
+
+def _micro_batches(batch: NDArray[np.int64], micro_batch: int) -> Sequence[NDArray[np.int64]]:
+    return [batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)]
+
+
+def _optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )

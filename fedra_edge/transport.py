@@ -1,0 +1,295 @@
+"""One HTTP connection pool to one server: headers, limits in time, errors, counted bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from fedra_edge.errors import (
+    REFUSALS,
+    ConfigurationError,
+    FedraEdgeError,
+    OffsetMismatchError,
+    ProtocolMismatchError,
+    ServerUnreachableError,
+    UnexpectedAnswerError,
+)
+from fedra_edge.protocol.problems import Problem, ProblemCode
+from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER, Route
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION, is_compatible
+from fedra_edge.protocol.wire import WireModel
+
+LOGGER: Final = logging.getLogger(__name__)
+CONNECT_S: Final = 5.0
+READ_S: Final = 30.0
+WRITE_S: Final = 60.0
+_NOT_NOW: Final = frozenset({408, 425, 429})
+_MAX_PROBLEM_BYTES: Final = 64 * 1024
+_REMEDIES: Final = {
+    ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave` to drop the identity that this server "
+    "does not know, then join again",
+    ProblemCode.PROTOCOL_MISMATCH: "install the client version that belongs to this server",
+}
+
+Parsed = TypeVar("Parsed", bound=WireModel)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Body bytes that crossed the wire."""
+
+    bytes_received: int
+    bytes_sent: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, ready to be sent; ``content`` may be produced while it is sent."""
+
+    route: Route
+    path: str
+    query: Mapping[str, str | float] | None = None
+    headers: Mapping[str, str] | None = None
+    content: bytes | Iterable[bytes] = b""
+    read_s: float = READ_S
+
+
+def json_request(route: Route, path: str, body: WireModel | None = None) -> Request:
+    """Prepare a call whose body, if any, is a value."""
+    if body is None:
+        return Request(route, path)
+    content = body.model_dump_json().encode()
+    return Request(route, path, headers={"Content-Type": "application/json"}, content=content)
+
+
+def open_http_client(server: str) -> httpx.Client:
+    """Open the connection pool; proxies and certificate authorities come from the environment."""
+    try:
+        return httpx.Client(base_url=server)
+    except (httpx.InvalidURL, ValueError, OSError, ImportError) as error:
+        raise ConfigurationError(
+            f"cannot prepare connections to {server}: {error}",
+            remedy="check the address and HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE",
+        ) from error
+
+
+class Transport:
+    """Sends requests over an injected ``httpx.Client`` and turns every failure into our errors."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
+        self._credential: str | None = None
+        self._lock = threading.Lock()
+        self._bytes_received = 0
+        self._bytes_sent = 0
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._is_interrupted = False
+
+    def authenticate(self, credential: str) -> None:
+        """Send this credential with every request from now on."""
+        self._credential = credential
+
+    @property
+    def traffic(self) -> Traffic:
+        """Body bytes so far, in both directions."""
+        with self._lock:
+            return Traffic(self._bytes_received, self._bytes_sent)
+
+    def ask(self, request: Request, answer: type[Parsed]) -> Parsed:
+        """Send a request whose answer is a value.
+
+        Raises:
+            ServerUnreachableError: No answer, or "not now".
+            UnexpectedAnswerError: An answer that is no such value.
+            ServerRefusedError: The server says no.
+        """
+        content = self.send(request).content
+        try:
+            return answer.model_validate_json(content)
+        except ValidationError as error:
+            raise UnexpectedAnswerError(
+                f"{request.route.method} {request.path} was answered by something else than "
+                f"a {answer.__name__}",
+                remedy="check that --server is the address of a Fedra server of this version",
+            ) from error
+
+    def send(self, request: Request) -> httpx.Response:
+        """Send a request and read its whole, small answer."""
+        with self.stream(request) as response:
+            with _mapped_errors():
+                response.read()
+            self._count(received=response.num_bytes_downloaded)
+            return response
+
+    @contextlib.contextmanager
+    def stream(self, request: Request) -> Iterator[httpx.Response]:
+        """Send a request and give the answer before its body is read; refusals are raised."""
+        with _mapped_errors():
+            response = self._client.send(self._build(request), stream=True)
+        try:
+            _check_version(response)
+            if not response.is_success:
+                raise self._refusal(response)
+            yield response
+        finally:
+            response.close()
+
+    def received(self, response: httpx.Response) -> Iterator[bytes]:
+        """Yield the answer's body as it comes, counted."""
+        with _mapped_errors():
+            for chunk in response.iter_raw():
+                self._count(received=len(chunk))
+                yield chunk
+
+    def interrupt(self) -> None:
+        """Wake whoever waits for the server, by ending the connections; ``reopen`` undoes it."""
+        with self._lock:
+            self._is_interrupted = True
+            connections = list(self._sockets)
+        for connection in connections:
+            _end(connection)
+
+    def reopen(self) -> None:
+        """Let requests through again after an interrupt."""
+        with self._lock:
+            self._is_interrupted = False
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def _build(self, request: Request) -> httpx.Request:
+        headers = {PROTOCOL_HEADER: PROTOCOL_VERSION, **(request.headers or {})}
+        if self._credential is not None:
+            headers["Authorization"] = f"Bearer {self._credential}"
+        timeout = httpx.Timeout(READ_S, connect=CONNECT_S, read=request.read_s, write=WRITE_S)
+        built = self._client.build_request(
+            request.route.method,
+            request.path,
+            params=dict(request.query) if request.query else None,
+            headers=headers,
+            content=self._counted(request.content),
+            timeout=timeout,
+        )
+        built.extensions["trace"] = self._remember_socket
+        return built
+
+    def _counted(self, content: bytes | Iterable[bytes]) -> bytes | Iterator[bytes]:
+        if isinstance(content, bytes):
+            self._count(sent=len(content))
+            return content
+        return self._count_while_sending(content)
+
+    def _count_while_sending(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+            self._count(sent=len(chunk))
+
+    def _count(self, *, received: int = 0, sent: int = 0) -> None:
+        with self._lock:
+            self._bytes_received += received
+            self._bytes_sent += sent
+
+    def _remember_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connection = info["return_value"].get_extra_info("socket")
+            if isinstance(connection, socket.socket):
+                with self._lock:
+                    self._sockets.add(connection)
+                    is_late = self._is_interrupted
+                if is_late:
+                    _end(connection)
+
+    def _refusal(self, response: httpx.Response) -> FedraEdgeError:
+        body = b""
+        for chunk in self.received(response):
+            body += chunk
+            if len(body) > _MAX_PROBLEM_BYTES:
+                break
+        return _error_of(response, _parse_problem(response, body))
+
+
+@contextlib.contextmanager
+def _mapped_errors() -> Iterator[None]:
+    try:
+        yield
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
+        raise ConfigurationError(f"the request cannot be sent: {error}") from error
+    except httpx.TimeoutException as error:
+        raise ServerUnreachableError(
+            "the server does not answer in time", remedy="check the network and the address"
+        ) from error
+    except httpx.DecodingError as error:
+        raise UnexpectedAnswerError(f"the answer cannot be decoded: {error}") from error
+    except httpx.RequestError as error:
+        remedy = "check that the server runs and that --server is its address"
+        if "CERTIFICATE" in str(error):
+            remedy = "set SSL_CERT_FILE to the certificate authority of your plant or proxy"
+        raise ServerUnreachableError(
+            f"the server cannot be reached: {str(error) or type(error).__name__}", remedy=remedy
+        ) from error
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _check_version(response: httpx.Response) -> None:
+    theirs = response.headers.get(PROTOCOL_HEADER)
+    if theirs is None or is_compatible(PROTOCOL_VERSION, theirs):
+        return
+    code = ProblemCode.PROTOCOL_MISMATCH
+    detail = f"the server speaks protocol {theirs[:20]}, this client {PROTOCOL_VERSION}"
+    raise ProtocolMismatchError(Problem.of(code, status=426, detail=detail), remedy=_REMEDIES[code])
+
+
+def _parse_problem(response: httpx.Response, body: bytes) -> Problem | None:
+    with contextlib.suppress(ValidationError):
+        if "json" in response.headers.get("content-type", ""):
+            return Problem.model_validate_json(body)
+    return None
+
+
+def _error_of(response: httpx.Response, problem: Problem | None) -> FedraEdgeError:
+    status = response.status_code
+    detail = problem.detail if problem else f"HTTP status {status}"
+    if response.is_server_error or status in _NOT_NOW:
+        return ServerUnreachableError(
+            f"the server cannot do this now: {detail}",
+            remedy=problem.remedy if problem else "",
+            retry_after_s=_retry_after_s(response),
+        )
+    if response.has_redirect_location:
+        return UnexpectedAnswerError(
+            f"the address redirects to {response.headers['location']}",
+            remedy="give the final address as --server",
+        )
+    if problem is None:
+        return _error_without_problem(response)
+    if problem.code is ProblemCode.OFFSET_MISMATCH:
+        offset = response.headers.get(UPLOAD_OFFSET_HEADER, "0")
+        return OffsetMismatchError(problem, offset_bytes=int(offset) if offset.isdecimal() else 0)
+    remedy = problem.remedy or _REMEDIES.get(problem.code, "")
+    return REFUSALS[problem.code](problem, remedy=remedy)
+
+
+def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
+    return UnexpectedAnswerError(
+        f"HTTP status {response.status_code} without a problem document",
+        remedy="check that --server is the address of a Fedra server, not of a proxy or portal",
+    )
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isdecimal() else None

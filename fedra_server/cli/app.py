@@ -1,0 +1,111 @@
+"""The command tree, and the commands that belong to no group."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedra_edge.protocol.version import PROTOCOL_VERSION
+from fedra_server import __version__
+from fedra_server.cli import clients, models, runs
+from fedra_server.cli.output import tell_json
+from fedra_server.cli.workplace import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    example,
+    initialised_home,
+    open_workplace,
+)
+from fedra_server.config import CONFIG_TEMPLATE, ServerConfig, ServerHome
+from fedra_server.exit_codes import EXIT_CODES_HELP
+from fedra_server.storage.durability import disk_errors, write_durably
+from fedra_server.storage.store import Store
+
+app = typer.Typer(
+    help="Tune a foundation model together with machines that cannot hold it.",
+    epilog=EXIT_CODES_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(models.app, name="model")
+app.add_typer(runs.app, name="run")
+app.add_typer(clients.app, name="client")
+
+
+@app.command(epilog=example("init --home /srv/fedra"))
+def init(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Make a server home: directories, settings file and database. Safe to repeat."""
+    place = ServerHome(home.absolute())
+    with disk_errors(f"making the server home {home}"):
+        place.create()
+        is_new = not place.config_file.exists()
+        if is_new:
+            write_durably(place.config_file, CONFIG_TEMPLATE.encode())
+    config = ServerConfig.load(place)
+    Store.open(place.path, config.database_url).close()
+    if as_json:
+        tell_json({"home": str(place.path), "config_file": str(place.config_file), "new": is_new})
+    else:
+        typer.echo(f"{'Made' if is_new else 'Found'} the server home {place.path}")
+
+
+@app.command(epilog=example("serve --host 0.0.0.0 --port 8470"))
+def serve(
+    home: HomeOption = DEFAULT_HOME,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Port; 0 takes any free one.")
+    ] = None,
+) -> None:
+    """Serve the clients until stopped by SIGINT or SIGTERM."""
+    place = initialised_home(home)
+    config = ServerConfig.load(place)
+    chosen = {"host": host, "port": port}
+    config = config.model_copy(update={k: v for k, v in chosen.items() if v is not None})
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from fedra_server.http import serving
+
+    serving.serve(place, config)
+
+
+@app.command(epilog=example("export --run digits --out digits-adapter"))
+def export(
+    run: Annotated[str, typer.Option("--run", help="The run.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write the adapter to.")],
+    revision: Annotated[
+        int | None, typer.Option(min=0, help="Its revision; the latest by default.")
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a revision as an adapter that plain peft loads."""
+    from fedra_server.exporting import export_revision
+
+    with open_workplace(home) as place:
+        record = place.store.run(run)
+        manifest = place.store.revision(run, revision).manifest
+        spec = place.store.model(record.model_id).spec
+        with disk_errors(f"exporting to {out}"):
+            export_revision(spec, record.spec, manifest, place.blobs, out)
+    if as_json:
+        tell_json({"run": run, "revision": manifest.number, "out": str(out.absolute())})
+    else:
+        typer.echo(f"Exported revision {manifest.number} of run {run} to {out}")
+
+
+@app.command(epilog=example("version --json"))
+def version(as_json: JsonOption = False) -> None:
+    """Tell this version and the protocol it speaks."""
+    if as_json:
+        tell_json({"version": __version__, "protocol": PROTOCOL_VERSION})
+    else:
+        typer.echo(f"fedra-server {__version__}, protocol {PROTOCOL_VERSION}")

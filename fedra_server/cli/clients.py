@@ -1,0 +1,78 @@
+"""fedra-server client: the population."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from pydantic import JsonValue
+
+from fedra_server.cli.output import format_bytes, format_time, tell_json, tell_table
+from fedra_server.cli.workplace import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    Workplace,
+    example,
+    open_workplace,
+)
+from fedra_server.storage.records import ClientRecord
+
+app = typer.Typer(help="See the population.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def group() -> None:
+    """See the population."""
+
+
+@app.command("list", epilog=example("client list --json"))
+def list_clients(
+    home: HomeOption = DEFAULT_HOME,
+    show_all: Annotated[bool, typer.Option("--all", help="Also those that have left.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the enrolled clients."""
+    with open_workplace(home) as place:
+        clients = place.store.clients(include_left=show_all)
+        summaries = [_summary(client, place) for client in clients]
+    if as_json:
+        tell_json({"clients": [*summaries]})
+        return
+    tell_table(
+        ["CLIENT ID", "NAME", "STATE", "RUN", "MEMORY", "ROUNDS", "LAST SEEN"],
+        [
+            [
+                summary["client_id"],
+                summary["name"],
+                summary["state"],
+                summary["run"] or "any",
+                format_bytes(client.profile.memory_bytes),
+                summary["rounds_contributed"],
+                format_time(client.last_seen_at),
+            ]
+            for client, summary in zip(clients, summaries, strict=True)
+        ],
+        empty="No clients yet; one enrols with `fedra-edge join --server URL --data DIR`.",
+    )
+
+
+def _summary(client: ClientRecord, place: Workplace) -> dict[str, JsonValue]:
+    return {
+        "client_id": client.client_id,
+        "name": client.name,
+        "state": _state(client, place.config.heartbeat_timeout_s),
+        "run": client.run,
+        "enrolled_at": client.enrolled_at,
+        "last_seen_at": client.last_seen_at,
+        "rounds_contributed": place.store.rounds_contributed(client.client_id),
+        "profile": client.profile.model_dump(mode="json"),
+    }
+
+
+def _state(client: ClientRecord, heartbeat_timeout_s: float) -> str:
+    if client.has_left:
+        return "left"
+    is_silent = time.time() - client.last_seen_at > heartbeat_timeout_s
+    return "online" if client.is_online and not is_silent else "offline"

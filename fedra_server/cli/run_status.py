@@ -1,0 +1,77 @@
+"""A run's report as text for people."""
+
+from __future__ import annotations
+
+import typer
+
+from fedra_server.cli.output import format_bytes, format_layers, format_time, tell_table
+from fedra_server.reporting import OpenRoundReport, RunReport
+
+
+def tell_report(report: RunReport) -> None:
+    """Print where a run stands, what it reached and what it cost."""
+    done = f"{report.rounds_published} of {report.rounds_planned} rounds published"
+    typer.echo(f"Run {report.run} on {report.model}: {report.state}, {done}")
+    typer.echo(f"Latest revision: {report.revision}")
+    typer.echo(f"Coverage per layer: {' '.join(str(count) for count in report.coverage)}")
+    if report.round is not None:
+        _tell_round(report.round)
+    _tell_accuracy(report)
+    _tell_clients(report)
+
+
+def _tell_round(current: OpenRoundReport) -> None:
+    typer.echo(f"\nRound {current.number}, open until {format_time(current.deadline_at)}")
+    tell_table(
+        ["CLIENT", "STATE", "LAYERS", "DEPTH", "STEPS", "PROMISE", "WHY"],
+        [
+            [
+                it.name,
+                it.state,
+                format_layers(it.trained_layer_ids),
+                it.depth,
+                it.steps,
+                format_bytes(it.predicted_peak_bytes),
+                it.detail or it.reason,
+            ]
+            for it in current.participants
+        ],
+        empty="No participants yet.",
+    )
+
+
+def _tell_accuracy(report: RunReport) -> None:
+    names = {client.client_id: client.name for client in report.clients}
+    typer.echo("\nAccuracy on held-out examples")
+    tell_table(
+        ["REVISION", "POOLED", "EXAMPLES", "PER SITE"],
+        [
+            [
+                row.revision,
+                f"{row.pooled.accuracy:.1%}",
+                row.pooled.num_examples,
+                ", ".join(f"{names[it]} {site.accuracy:.1%}" for it, site in row.sites.items()),
+            ]
+            for row in report.accuracy
+        ],
+        empty="None measured yet.",
+    )
+
+
+def _tell_clients(report: RunReport) -> None:
+    typer.echo("\nClients")
+    tell_table(
+        ["CLIENT", "ROUNDS", "LAYERS TRAINED", "RECEIVED", "SENT", "PEAK MEMORY"],
+        [
+            [
+                it.name,
+                it.rounds_merged,
+                it.layers_trained,
+                format_bytes(it.bytes_received),
+                format_bytes(it.bytes_sent),
+                format_bytes(it.peak_memory_bytes),
+            ]
+            for it in report.clients
+        ],
+        empty="None took part yet.",
+    )

@@ -1,0 +1,171 @@
+"""fedra-server run: create runs, steer them and see how they do."""
+
+# ruff: noqa: ARG001 - typer reads the options off the signature, the context holds them
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import JsonValue
+
+from fedra_edge.protocol.ids import RunId
+from fedra_server.cli import run_options as options
+from fedra_server.cli.names import checked_name
+from fedra_server.cli.output import format_time, tell_json, tell_table
+from fedra_server.cli.run_status import tell_report
+from fedra_server.cli.workplace import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    Workplace,
+    example,
+    open_workplace,
+)
+from fedra_server.errors import ConflictError
+from fedra_server.reporting import report_run
+from fedra_server.runs import RunSpec, RunState
+from fedra_server.storage.records import ModelRecord, RunRecord
+
+app = typer.Typer(help="Create, steer and watch runs.", no_args_is_help=True, rich_markup_mode=None)
+
+NameArgument = Annotated[str, typer.Argument(help="Name of the run.")]
+
+
+@app.command(epilog=example("run create digits --model vit --rounds 20 --start"))
+def create(
+    context: typer.Context,
+    name: NameArgument,
+    model: options.ModelOption,
+    rounds: options.RoundsOption = options.DEFAULT_RUN.rounds,
+    min_participants: options.MinParticipantsOption = options.DEFAULT_RUN.min_participants,
+    deadline_s: options.DeadlineOption = options.DEFAULT_RUN.deadline_s,
+    depth: options.DepthOption = options.DEFAULT_RUN.depth,
+    allocation: options.AllocationOption = options.DEFAULT_RUN.allocation,
+    merge_weighting: options.MergeWeightingOption = options.DEFAULT_RUN.merge_weighting,
+    max_inverse_chance: options.MaxInverseChanceOption = options.DEFAULT_RUN.max_inverse_chance,
+    max_layers: options.MaxLayersOption = options.DEFAULT_RUN.max_layers,
+    seed: options.SeedOption = options.DEFAULT_RUN.seed,
+    rank: options.RankOption = options.DEFAULT_ADAPTER.rank,
+    alpha: options.AlphaOption = options.DEFAULT_ADAPTER.alpha,
+    target: options.TargetOption = None,
+    optimizer: options.OptimizerOption = options.DEFAULT_TRAINING.optimizer,
+    learning_rate: options.LearningRateOption = options.DEFAULT_TRAINING.learning_rate,
+    momentum: options.MomentumOption = options.DEFAULT_TRAINING.momentum,
+    weight_decay: options.WeightDecayOption = options.DEFAULT_TRAINING.weight_decay,
+    clip_norm: options.ClipNormOption = options.DEFAULT_TRAINING.clip_norm,
+    batch_size: options.BatchSizeOption = options.DEFAULT_TRAINING.batch_size,
+    local_epochs: options.LocalEpochsOption = options.DEFAULT_TRAINING.local_epochs,
+    max_steps: options.MaxStepsOption = options.DEFAULT_TRAINING.max_steps,
+    start: options.StartOption = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a run on a registered model, with its untrained revision 0."""
+    checked_name(name)
+    with open_workplace(home) as place:
+        found = place.store.model_by_name(model)
+        spec = options.chosen_run_spec(context.params, found.spec)
+        record = _add_run(place, RunId(name), found, spec, is_started=start)
+    if as_json:
+        tell_json(_summary(record, model))
+    else:
+        typer.echo(f"Created run {name} on {model}; it is {record.state}")
+
+
+@app.command(epilog=example("run start digits"))
+def start(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Start a created run, or go on with a paused one."""
+    _set_state(home, name, RunState.RUNNING, {RunState.CREATED, RunState.PAUSED}, as_json)
+
+
+@app.command(epilog=example("run pause digits"))
+def pause(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Let the open round end and open no further one until the run is started again."""
+    _set_state(home, name, RunState.PAUSED, {RunState.RUNNING}, as_json)
+
+
+@app.command(epilog=example("run stop digits"))
+def stop(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """End a run for good; what it published stays."""
+    alive = {RunState.CREATED, RunState.RUNNING, RunState.PAUSED}
+    _set_state(home, name, RunState.STOPPED, alive, as_json)
+
+
+@app.command("list", epilog=example("run list --json"))
+def list_runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List all runs."""
+    with open_workplace(home) as place:
+        records = place.store.runs()
+        names = {record.model_id: record.spec.name for record in place.store.models()}
+        revisions = {it.run: place.store.revision(it.run).manifest.number for it in records}
+    if as_json:
+        tell_json({"runs": [_summary(record, names[record.model_id]) for record in records]})
+        return
+    tell_table(
+        ["RUN", "MODEL", "STATE", "ROUNDS", "CREATED"],
+        [
+            [
+                record.run,
+                names[record.model_id],
+                record.state,
+                f"{revisions[record.run]} of {record.spec.rounds}",
+                format_time(record.created_at),
+            ]
+            for record in records
+        ],
+        empty="No runs yet; create one with `fedra-server run create NAME --model MODEL`.",
+    )
+
+
+@app.command(epilog=example("run status digits --json"))
+def status(
+    name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
+) -> None:
+    """Show the open round, coverage, accuracy and what it cost the clients."""
+    with open_workplace(home) as place:
+        report = report_run(place.store.run_history(name))
+    if as_json:
+        tell_json(report)
+    else:
+        tell_report(report)
+
+
+def _add_run(
+    place: Workplace, run: RunId, model: ModelRecord, spec: RunSpec, *, is_started: bool
+) -> RunRecord:
+    from fedra_server.publishing import initial_revision
+
+    if any(known.run == run for known in place.store.runs()):
+        raise ConflictError(f"a run named {run!r} exists already", remedy="Choose another name.")
+    now = time.time()
+    state = RunState.RUNNING if is_started else RunState.CREATED
+    record = RunRecord(run=run, model_id=model.model_id, spec=spec, state=state, created_at=now)
+    place.store.add_run(record, initial_revision(model.spec, run, spec, place.blobs, now))
+    return record
+
+
+def _set_state(
+    home: Path, name: str, state: RunState, allowed_from: Collection[RunState], as_json: bool
+) -> None:
+    with open_workplace(home) as place:
+        record = place.store.set_run_state(name, state, allowed_from)
+        model = place.store.model(record.model_id).spec.name
+    if as_json:
+        tell_json(_summary(record, model))
+    else:
+        typer.echo(f"Run {name} is {record.state}")
+
+
+def _summary(record: RunRecord, model: str) -> JsonValue:
+    return {
+        "run": record.run,
+        "model": model,
+        "state": record.state.value,
+        "rounds_planned": record.spec.rounds,
+        "created_at": record.created_at,
+        "spec": record.spec.model_dump(mode="json"),
+    }

@@ -1,0 +1,301 @@
+"""Moves every run forward: opens rounds, waits, merges, publishes. The only writer of rounds.
+
+All state is in the store, so a restarted server continues the round it was in.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+
+from fedra_edge.protocol.ids import AssignmentId, ClientId, RoundNumber
+from fedra_edge.protocol.slices import SliceManifest
+from fedra_server.clock import Clock
+from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.errors import FedraServerError, StorageError
+from fedra_server.intake import Intake
+from fedra_server.merging import Contributor
+from fedra_server.planning import Candidate, PlannedSlice, plan_round, round_generator
+from fedra_server.publishing import Contribution, merged_revision
+from fedra_server.rounds import RoundStep, next_step
+from fedra_server.runs import AssignmentState, RunState
+from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.records import (
+    AssignmentRecord,
+    ClientRecord,
+    RevisionRecord,
+    RoundRecord,
+    RunRecord,
+)
+from fedra_server.storage.store import Store
+
+_LOG = logging.getLogger(__name__)
+_TICK_S = 1.0
+"""How often runs are looked at without a wake-up: for deadlines and for operators' commands."""
+
+
+class Coordinator:
+    """Runs in a thread of its own; ``wake`` makes it look at once."""
+
+    def __init__(
+        self,
+        store: Store,
+        blobs: BlobStore,
+        home: ServerHome,
+        config: ServerConfig,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._home = home
+        self._config = config
+        self._clock = clock
+        self._merging = threading.Lock()
+        self.intake = Intake(store, home, config, clock, self._merging)
+        self._wakeup = threading.Event()
+        self._stopping = threading.Event()
+        self._listeners: list[Callable[[], None]] = []
+        self._thread = threading.Thread(target=self._loop, name="coordinator")
+
+    def start(self) -> None:
+        """Begin to move runs forward."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the step at hand and end the thread."""
+        self._stopping.set()
+        self._wakeup.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Say that something changed: a client came or went, a delta was admitted."""
+        self._wakeup.set()
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call back, from the coordinator's thread, when clients should ask again."""
+        self._listeners.append(listener)
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            self._wakeup.clear()
+            if self.advance():
+                for listener in self._listeners:
+                    listener()
+            self._wakeup.wait(_TICK_S)
+
+    def advance(self) -> bool:
+        """Take every active run as far as it can go now; tell whether anything changed."""
+        changed = False
+        for run in self._store.runs():
+            try:
+                while self._step(run):
+                    changed = True
+                    run = self._store.run(run.run)  # noqa: PLW2901 - its state may have moved on
+            except FedraServerError as error:
+                _LOG.error("run %s cannot go on: %s %s", run.run, error, error.remedy)
+        return changed
+
+    def _step(self, run: RunRecord) -> bool:
+        """Do one step of the round loop: open, wait, recruit or merge."""
+        if run.state in {RunState.CREATED, RunState.FINISHED}:
+            return False
+        current = self._store.current_round(run.run)
+        if run.state is RunState.STOPPED:
+            return current is not None and self._dismiss(run, current)
+        if current is None:
+            return run.state is RunState.RUNNING and self._open_round(run)
+        assignments = self._store.assignments(run.run, current.number)
+        step = next_step(
+            [assignment.state for assignment in assignments],
+            min_participants=run.spec.min_participants,
+            is_overdue=self._clock.now() >= current.deadline_at,
+        )
+        match step:
+            case RoundStep.WAIT:
+                return False
+            case RoundStep.RECRUIT:
+                return self._recruit(run, current, assignments)
+            case RoundStep.MERGE:
+                return self._merge(run, current)
+
+    def _dismiss(self, run: RunRecord, current: RoundRecord) -> bool:
+        """Release the participants of a stopped run; what was admitted stays on disk."""
+        pending = [
+            assignment.assignment_id
+            for assignment in self._store.assignments(run.run, current.number)
+            if assignment.state is AssignmentState.PENDING
+        ]
+        for assignment_id in pending:
+            self._store.settle(
+                assignment_id,
+                AssignmentState.EXPIRED,
+                detail="the operator stopped the run",
+                now=self._clock.now(),
+            )
+        return bool(pending)
+
+    def _open_round(self, run: RunRecord) -> bool:
+        """Draw the next round once enough clients are there."""
+        base = self._store.revision(run.run)
+        number = base.manifest.number + 1
+        planned = self._plan(run, base, number, draw=0, excluded=set())
+        if len(planned) < run.spec.min_participants:
+            return False
+        now = self._clock.now()
+        opened = RoundRecord(
+            run=run.run,
+            number=number,
+            base_revision=base.manifest.number,
+            draws=1,
+            opened_at=now,
+            deadline_at=now + run.spec.deadline_s,
+            published_at=None,
+        )
+        self._store.open_round(opened, [self._assign(run, base, number, it) for it in planned])
+        _LOG.info("run %s: round %d opened with %d participants", run.run, number, len(planned))
+        return True
+
+    def _recruit(
+        self, run: RunRecord, current: RoundRecord, assignments: list[AssignmentRecord]
+    ) -> bool:
+        """Replace participants that failed or fell silent; past the deadline, extend it."""
+        now = self._clock.now()
+        is_overdue = now >= current.deadline_at
+        online = {client.client_id for client in self._online_clients()}
+        silent = [
+            assignment.assignment_id
+            for assignment in assignments
+            if assignment.state is AssignmentState.PENDING and assignment.client_id not in online
+        ]
+        busy = {AssignmentState.PENDING, AssignmentState.ADMITTED}
+        excluded = {
+            assignment.client_id
+            for assignment in assignments
+            if not is_overdue
+            or (assignment.state in busy and assignment.assignment_id not in silent)
+        }
+        base = self._store.revision(run.run, current.base_revision)
+        planned: list[PlannedSlice] = []
+        if run.state is RunState.RUNNING:
+            planned = self._plan(run, base, current.number, draw=current.draws, excluded=excluded)
+        if not planned and not is_overdue:
+            return False
+        self._store.extend_round(
+            run.run,
+            current.number,
+            deadline_at=now + run.spec.deadline_s,
+            draws=current.draws + bool(planned),
+            assignments=[self._assign(run, base, current.number, item) for item in planned],
+            expire=silent,
+            now=now,
+        )
+        _LOG.warning(
+            "run %s: round %d has too few deltas; %d silent participants replaced by %d",
+            run.run, current.number, len(silent), len(planned),
+        )  # fmt: skip
+        return bool(planned)
+
+    def _merge(self, run: RunRecord, current: RoundRecord) -> bool:
+        """Merge what was admitted and publish it, in one transaction at the end."""
+        with self._merging:
+            admitted = [
+                assignment
+                for assignment in self._store.assignments(run.run, current.number)
+                if assignment.state is AssignmentState.ADMITTED
+            ]
+            base = self._store.revision(run.run, current.base_revision)
+            now = self._clock.now()
+            contributions = [self._contribution(assignment) for assignment in admitted]
+            merged = merged_revision(base, contributions, run.spec, self._blobs, round_number=current.number, now=now)
+            self._store.publish(
+                merged,
+                run.run,
+                current.number,
+                merged=[assignment.assignment_id for assignment in admitted],
+                now=now,
+                finishes_run=current.number >= run.spec.rounds,
+            )
+        _LOG.info(
+            "run %s: round %d merged %d deltas into revision %d",
+            run.run, current.number, len(admitted), merged.manifest.number,
+        )  # fmt: skip
+        return True
+
+    def _plan(
+        self,
+        run: RunRecord,
+        base: RevisionRecord,
+        number: int,
+        *,
+        draw: int,
+        excluded: set[ClientId],
+    ) -> list[PlannedSlice]:
+        calibrations = self._store.calibrations(run.model_id)
+        candidates = [
+            Candidate(client.client_id, client.profile, calibrations[client.client_id])
+            for client in self._online_clients()
+            if client.client_id in calibrations
+            and client.client_id not in excluded
+            and client.run in {None, run.run}
+            and self._store.open_assignment(client.client_id) is None
+        ]
+        spec = self._store.model(run.model_id).spec
+        generator = round_generator(run.spec, number, draw)
+        return plan_round(candidates, spec, run.spec, base.last_trained, generator)
+
+    def _assign(
+        self, run: RunRecord, base: RevisionRecord, number: int, planned: PlannedSlice
+    ) -> AssignmentRecord:
+        """Turn a planned slice into the assignment its client will be handed."""
+        assignment_id = AssignmentId(secrets.token_urlsafe(16))
+        manifest = SliceManifest(
+            assignment_id=assignment_id,
+            run=run.run,
+            round_number=RoundNumber(number),
+            model_id=run.model_id,
+            revision=base.manifest,
+            adapter=run.spec.adapter,
+            training=run.spec.training,
+            layers=planned.layers,
+            depth=planned.work.depth,
+            residency="resident",
+            micro_batch=planned.work.micro_batch,
+            steps=planned.work.steps,
+            seed=planned.seed,
+            remaining_s=run.spec.deadline_s,
+            predicted_peak_bytes=planned.work.predicted_peak_bytes,
+        )
+        return AssignmentRecord(
+            assignment_id=assignment_id,
+            run=run.run,
+            round_number=number,
+            client_id=planned.client_id,
+            manifest=manifest,
+            chance=planned.chance,
+            reason=planned.work.reason,
+            state=AssignmentState.PENDING,
+            detail="",
+            delta=None,
+            issued_at=self._clock.now(),
+            settled_at=None,
+        )
+
+    def _contribution(self, assignment: AssignmentRecord) -> Contribution:
+        if assignment.delta is None:
+            raise StorageError(f"assignment {assignment.assignment_id} is admitted without a delta")
+        return Contribution(
+            Contributor(assignment.assignment_id, assignment.delta.num_examples, assignment.chance),
+            assignment.manifest.trained_layer_ids,
+            self._home.delta_file(assignment.assignment_id),
+        )
+
+    def _online_clients(self) -> list[ClientRecord]:
+        oldest = self._clock.now() - self._config.heartbeat_timeout_s
+        return [
+            client
+            for client in self._store.clients()
+            if client.is_online and client.last_seen_at >= oldest
+        ]

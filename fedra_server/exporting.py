@@ -1,0 +1,188 @@
+"""Writes a revision as plain files: a Hugging Face base model and a peft adapter on top of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import JsonValue
+
+from fedra_edge.protocol.families import Family, family_named
+from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, TensorKey, layer_piece
+from fedra_edge.protocol.models import AdapterSpec, BlobRef, ModelSpec
+from fedra_edge.protocol.slices import RevisionManifest
+from fedra_edge.protocol.tensors import TensorInfo, iterate_chunks, read_header
+from fedra_server.errors import ConfigurationError, ConflictError
+from fedra_server.storage.blobs import BlobStore
+
+_PEFT_PREFIX: Final = "base_model.model."
+_PEFT_FACTORS: Final[Mapping[str, str]] = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
+_ALIGNMENT: Final = 8
+_BILINEAR: Final = 2
+
+_README: Final = """# {name}, revision {number}
+
+`base/` is the model as it was registered, `adapter/` what was tuned on top of it: LoRA of rank
+{rank} on every layer, and the head. `model.json` describes the model to fedra.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageClassification
+
+base = AutoModelForImageClassification.from_pretrained("base")
+model = PeftModel.from_pretrained(base, "adapter").eval()
+```
+
+`fedra-edge evaluate --export DIR --data DIR` measures its accuracy on a folder of images.
+"""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor inside a file, and the name it gets in the export."""
+
+    name: str
+    path: Path
+    info: TensorInfo
+
+
+def export_revision(
+    spec: ModelSpec,
+    adapter: AdapterSpec,
+    revision: RevisionManifest,
+    blobs: BlobStore,
+    out: Path,
+) -> None:
+    """Write a revision to a new directory; nothing large is held in memory.
+
+    The directory gets its name when it is complete.
+
+    Raises:
+        ConflictError: The directory exists already and is not empty.
+        ConfigurationError: The directory cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConflictError(f"{out} exists already", remedy="Name a new directory.")
+    family = family_named(spec.family)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        _write_base(spec, family, blobs, partial / "base")
+        _write_adapter(family, revision, blobs, partial / "adapter")
+        peft_config = _peft_config(spec, family, adapter)
+        _write_json(partial / "adapter" / "adapter_config.json", peft_config)
+        _write_text(partial / "model.json", spec.model_dump_json(indent=2))
+        readme = _README.format(name=spec.name, number=revision.number, rank=adapter.rank)
+        _write_text(partial / "README.md", readme)
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {out}: {error}") from error
+
+
+def _write_base(spec: ModelSpec, family: Family, blobs: BlobStore, directory: Path) -> None:
+    pieces = {STEM: spec.stem, HEAD: spec.head}
+    pieces |= {layer_piece(index): spec.layers[index] for index in spec.layer_ids}
+    sources = [
+        _Source(family.full_name(TensorKey(piece, name)), path, info)
+        for piece, held in pieces.items()
+        for name, path, info in _tensors(held.weights, blobs)
+    ]
+    directory.mkdir(parents=True)
+    _concatenate(sources, directory / "model.safetensors")
+    _write_json(directory / "config.json", spec.config)
+    _write_json(directory / "preprocessor_config.json", _preprocessor(spec, family))
+
+
+def _write_adapter(
+    family: Family, revision: RevisionManifest, blobs: BlobStore, directory: Path
+) -> None:
+    sources = [
+        _Source(_peft_name(TensorKey.parse(name), family), path, info)
+        for ref in (*revision.layers, revision.head)
+        for name, path, info in _tensors(ref, blobs)
+    ]
+    directory.mkdir(parents=True)
+    _concatenate(sources, directory / "adapter_model.safetensors")
+
+
+def _tensors(ref: BlobRef, blobs: BlobStore) -> Iterator[tuple[str, Path, TensorInfo]]:
+    path = blobs.path(ref.sha256)
+    for name, info in read_header(path).items():
+        yield name, path, info
+
+
+def _peft_name(key: TensorKey, family: Family) -> str:
+    module, _, last = family.full_name(key).rpartition(".")
+    return f"{_PEFT_PREFIX}{module}.{_PEFT_FACTORS.get(last, last)}"
+
+
+def _peft_config(spec: ModelSpec, family: Family, adapter: AdapterSpec) -> Mapping[str, JsonValue]:
+    """Describe the adapter to peft; modules are named in full, so that no other one matches."""
+    targets: list[JsonValue] = [
+        family.full_name(TensorKey(layer_piece(layer_id), target))
+        for layer_id in spec.layer_ids
+        for target in adapter.targets
+    ]
+    trained_modules: list[JsonValue] = list(family.trained_head_modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "modules_to_save": trained_modules,
+        "inference_mode": True,
+    }
+
+
+def _preprocessor(spec: ModelSpec, family: Family) -> Mapping[str, JsonValue]:
+    size_px = spec.input.size_px
+    return {
+        "image_processor_type": family.image_processor,
+        "do_resize": True,
+        "size": {"height": size_px, "width": size_px},
+        "resample": _BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.input.mean),
+        "image_std": list(spec.input.std),
+    }
+
+
+def _concatenate(sources: list[_Source], out: Path) -> None:
+    """Write one safetensors file by copying tensors from others, in bounded chunks."""
+    header: dict[str, JsonValue] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for source in sources:
+        end = offset + source.info.size_bytes
+        header[source.name] = {
+            "dtype": source.info.dtype,
+            "shape": list(source.info.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
+    with out.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for source in sources:
+            file.writelines(iterate_chunks(source.path, source.info.start, source.info.size_bytes))
+
+
+def _write_json(path: Path, content: Mapping[str, JsonValue]) -> None:
+    _write_text(path, json.dumps(content, indent=2))
+
+
+def _write_text(path: Path, content: str) -> None:
+    path.write_text(content + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,88 @@
+"""Tells a client what to do next, from the records alone. Reads, never writes."""
+
+from __future__ import annotations
+
+from fedra_edge.protocol.rounds import Assignment, EvaluationTask, Stop, Train, Wait
+from fedra_server.fitting import Unfit, fit_work
+from fedra_server.runs import RunState
+from fedra_server.storage.records import (
+    AssignmentRecord,
+    ClientRecord,
+    RevisionRecord,
+    RunRecord,
+)
+from fedra_server.storage.store import Store
+
+_ACTIVE = frozenset({RunState.RUNNING, RunState.PAUSED})
+_OVER = frozenset({RunState.FINISHED, RunState.STOPPED})
+
+
+def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
+    """Give a client its open assignment, else something useful to do while it waits."""
+    assignment = store.open_assignment(client.client_id)
+    if assignment is not None:
+        return _train(store, client, assignment, now)
+    runs = [run for run in store.runs() if client.run in {None, run.run}]
+    for run in runs:
+        if run.state in _ACTIVE:
+            return _wait(store, client, run)
+    for run in runs:
+        task = _final_evaluation(store, client, run)
+        if task is not None:
+            return Wait(reason=f"run {run.run} is over; evaluate its last revision", evaluate=task)
+    if client.run is not None and runs and runs[0].state in _OVER:
+        return Stop(reason=f"run {client.run} is {runs[0].state}")
+    return Wait(reason="no run is active")
+
+
+def _train(
+    store: Store, client: ClientRecord, assignment: AssignmentRecord, now: float
+) -> Assignment:
+    """Hand out the slice, with the time left by the server's clock."""
+    run = store.run(assignment.run)
+    current = store.current_round(run.run)
+    deadline_at = now if current is None else current.deadline_at
+    manifest = assignment.manifest.model_copy(update={"remaining_s": max(0.0, deadline_at - now)})
+    base = store.revision(run.run, manifest.revision.number)
+    return Train(manifest=manifest, evaluate=_evaluation(store, client, run, base))
+
+
+def _wait(store: Store, client: ClientRecord, run: RunRecord) -> Wait:
+    """Explain why an active run has no work for this client now."""
+    calibration = store.calibrations(run.model_id).get(client.client_id)
+    if calibration is None:
+        reason = f"run {run.run} needs to know what its model costs on this machine"
+        return Wait(reason=reason, calibrate=run.model_id)
+    spec = store.model(run.model_id).spec
+    fit = fit_work(client.profile, calibration, spec, run.spec)
+    if isinstance(fit, Unfit):
+        return Wait(reason=f"this machine cannot take part in run {run.run}: {fit.reason}")
+    if run.state is RunState.PAUSED:
+        return Wait(reason=f"run {run.run} is paused")
+    return Wait(reason=f"run {run.run} waits for other participants")
+
+
+def _final_evaluation(store: Store, client: ClientRecord, run: RunRecord) -> EvaluationTask | None:
+    """Ask for the accuracy of a finished run's last revision, once."""
+    if run.state is not RunState.FINISHED:
+        return None
+    if client.client_id not in store.calibrations(run.model_id):
+        return None
+    return _evaluation(store, client, run, store.revision(run.run))
+
+
+def _evaluation(
+    store: Store, client: ClientRecord, run: RunRecord, revision: RevisionRecord
+) -> EvaluationTask | None:
+    number = revision.manifest.number
+    calibration = store.calibrations(run.model_id).get(client.client_id)
+    if calibration is None or calibration.held_out_examples == 0:
+        return None
+    if store.has_evaluation(client.client_id, run.run, number):
+        return None
+    return EvaluationTask(
+        run=run.run,
+        model_id=run.model_id,
+        revision=revision.manifest,
+        adapter=run.spec.adapter,
+    )

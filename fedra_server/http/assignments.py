@@ -1,0 +1,74 @@
+"""What a client should do next: the long-poll, and the report that it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.concurrency import run_in_threadpool
+
+from fedra_edge.protocol import routes
+from fedra_edge.protocol.ids import AssignmentId
+from fedra_edge.protocol.messages import FailureReport
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.rounds import Assignment, Wait
+from fedra_edge.protocol.wire import Token
+from fedra_server.guidance import guide
+from fedra_server.http.auth import Caller, SpeaksProtocol
+from fedra_server.http.clients import give_up, own_assignment
+from fedra_server.http.mounting import FOR_CLIENTS, mount
+from fedra_server.http.services import ServicesHere
+
+router = APIRouter(tags=["assignments"], dependencies=[SpeaksProtocol])
+
+
+@mount(router, routes.ASSIGNMENT, *FOR_CLIENTS)
+async def next_assignment(
+    services: ServicesHere,
+    client: Caller,
+    wait_s: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0,
+) -> Assignment:
+    """Answer as soon as there is something to do, at the latest after ``wait_s`` seconds.
+
+    A waiting request holds no thread. Longer waits than the protocol allows are cut.
+    """
+    await run_in_threadpool(services.store.touch, client.client_id, services.clock.now())
+    if not client.is_online:
+        services.coordinator.wake()
+    deadline = asyncio.get_running_loop().time() + min(wait_s, routes.MAX_POLL_S)
+    while True:
+        change = services.changes.next_change()
+        assignment = await run_in_threadpool(guide, services.store, client, services.clock.now())
+        if services.changes.is_closing or not _is_idle(assignment):
+            return assignment
+        try:
+            async with asyncio.timeout_at(deadline):
+                await change.wait()
+        except TimeoutError:
+            return assignment
+
+
+@mount(
+    router,
+    routes.FAILURE,
+    *FOR_CLIENTS,
+    ProblemCode.NOT_FOUND,
+    ProblemCode.NOT_PERMITTED,
+    status_code=204,
+)
+def report_failure(
+    assignment_id: Token, report: FailureReport, services: ServicesHere, client: Caller
+) -> None:
+    """Stop waiting for a participant that says it cannot finish; repeating it is harmless."""
+    assignment = own_assignment(services, client, AssignmentId(assignment_id))
+    give_up(services, assignment, report.detail)
+
+
+def _is_idle(assignment: Assignment) -> bool:
+    """Tell whether there is nothing at all to do, so that the answer can be held back."""
+    return (
+        isinstance(assignment, Wait)
+        and assignment.calibrate is None
+        and assignment.evaluate is None
+    )

@@ -1,0 +1,77 @@
+"""Refuses request bodies that are too large before they are read, and states our protocol."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.routes import UPLOAD_APPEND
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
+from fedra_server.http.problems import ANSWERS, problem_response
+
+_UPLOADS: Final = UPLOAD_APPEND.fill(upload_id="")
+
+
+class BodyLimit:
+    """Lets a body of at most ``max_bytes`` through; uploads check their own, exact limit."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a body that is announced too large; count the bytes of any other."""
+        if scope["type"] != "http" or self._is_upload(scope):
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if not announced.isascii() or not announced.isdigit() or int(announced) > self._max_bytes:
+            refusal = problem_response(
+                ProblemCode.REQUEST_TOO_LARGE, self._detail, headers={"Connection": "close"}
+            )
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, self._counting(receive), send)
+
+    @property
+    def _detail(self) -> str:
+        return f"a request of this kind has at most {self._max_bytes} bytes"
+
+    def _is_upload(self, scope: Scope) -> bool:
+        path: str = scope["path"]
+        return scope["method"] == UPLOAD_APPEND.method and path.startswith(_UPLOADS)
+
+    def _counting(self, receive: Receive) -> Receive:
+        received_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received_bytes
+            message = await receive()
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > self._max_bytes:
+                status = ANSWERS[ProblemCode.REQUEST_TOO_LARGE].status
+                raise HTTPException(status, self._detail, headers={"Connection": "close"})
+            return message
+
+        return receive_counted
+
+
+class ProtocolStamp:
+    """Adds the server's protocol version to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and stamp the start of its response."""
+
+        async def send_stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[PROTOCOL_HEADER] = PROTOCOL_VERSION
+            await send(message)
+
+        await self._app(scope, receive, send_stamped if scope["type"] == "http" else send)

@@ -1,0 +1,215 @@
+"""The one table from what went wrong to the problem document that the caller gets."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Final, NamedTuple
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCode
+from fedra_server.errors import (
+    ConflictError,
+    FedraServerError,
+    NotAuthenticatedError,
+    NotFoundError,
+    NotPermittedError,
+    RefusedError,
+    StorageFullError,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAULTS_TOLD: Final = 5
+_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class Answer(NamedTuple):
+    """The status that goes with a code, and what to do about it."""
+
+    status: int
+    remedy: str
+
+
+_RETRAIN: Final = "Nothing to do: the client sets this result aside and takes the next round."
+_REINSTALL: Final = "Update the client software at this site to the version the server runs."
+
+ANSWERS: Final[Mapping[ProblemCode, Answer]] = {
+    ProblemCode.MALFORMED_REQUEST: Answer(422, _REINSTALL),
+    ProblemCode.NOT_AUTHENTICATED: Answer(
+        401, "Run 'fedra-edge leave' and then 'fedra-edge join' on this machine to enrol it again."
+    ),
+    ProblemCode.NOT_PERMITTED: Answer(
+        403, "Check that this machine joined with its own data folder, not a copy of another's."
+    ),
+    ProblemCode.NOT_FOUND: Answer(
+        404, "Check the address and the names that were typed; ask the operator what exists."
+    ),
+    ProblemCode.METHOD_NOT_ALLOWED: Answer(405, "Check the address; see /openapi.json."),
+    ProblemCode.PROTOCOL_MISMATCH: Answer(426, _REINSTALL),
+    ProblemCode.REQUEST_TOO_LARGE: Answer(413, _REINSTALL),
+    ProblemCode.RANGE_NOT_SATISFIABLE: Answer(
+        416, "Delete the partly downloaded file; the client then fetches it from the start."
+    ),
+    ProblemCode.ROUND_CLOSED: Answer(409, _RETRAIN),
+    ProblemCode.DELTA_CONFLICT: Answer(409, _RETRAIN),
+    ProblemCode.DELTA_TOO_LARGE: Answer(
+        413, "Ask the operator to raise max_delta_bytes in the server's settings."
+    ),
+    ProblemCode.OFFSET_MISMATCH: Answer(
+        409, "Continue sending from the byte that the Upload-Offset header names."
+    ),
+    ProblemCode.DIGEST_MISMATCH: Answer(
+        422, "Send it again from the start; if it happens often, check cables and proxies."
+    ),
+    ProblemCode.TENSORS_MALFORMED: Answer(422, _REINSTALL),
+    ProblemCode.TENSOR_MISSING: Answer(422, _REINSTALL),
+    ProblemCode.TENSOR_UNEXPECTED: Answer(422, _REINSTALL),
+    ProblemCode.TENSOR_SHAPE: Answer(422, _REINSTALL),
+    ProblemCode.TENSOR_DTYPE: Answer(422, _REINSTALL),
+    ProblemCode.TENSOR_NOT_FINITE: Answer(
+        422, "Ask the operator to lower the run's learning rate; check this site's images."
+    ),
+    ProblemCode.STORAGE_FULL: Answer(
+        507, "Ask the operator to free disk space on the server; the client tries again by itself."
+    ),
+    ProblemCode.INTERNAL: Answer(
+        500, "Wait and try again; if it stays, send the server's log to the operator."
+    ),
+}
+
+_CODE_OF_ERROR: Final[Mapping[type[FedraServerError], ProblemCode]] = {
+    NotFoundError: ProblemCode.NOT_FOUND,
+    ConflictError: ProblemCode.DELTA_CONFLICT,
+    StorageFullError: ProblemCode.STORAGE_FULL,
+    NotAuthenticatedError: ProblemCode.NOT_AUTHENTICATED,
+    NotPermittedError: ProblemCode.NOT_PERMITTED,
+}
+
+_CODE_OF_STATUS: Final[Mapping[int, ProblemCode]] = {
+    404: ProblemCode.NOT_FOUND,
+    405: ProblemCode.METHOD_NOT_ALLOWED,
+    413: ProblemCode.REQUEST_TOO_LARGE,
+}
+
+_HEADERS_OF_CODE: Final[Mapping[ProblemCode, Mapping[str, str]]] = {
+    ProblemCode.NOT_AUTHENTICATED: {"WWW-Authenticate": 'Bearer realm="fedra"'},
+    ProblemCode.PROTOCOL_MISMATCH: {"Upgrade": "Fedra-Protocol"},
+}
+
+
+class RefusedWithHeadersError(RefusedError):
+    """A refusal whose answer carries extra headers, such as the right offset."""
+
+    def __init__(
+        self, code: ProblemCode, message: str, headers: Mapping[str, str], *, remedy: str = ""
+    ) -> None:
+        super().__init__(code, message, remedy=remedy)
+        self.headers = headers
+
+
+class NotNowError(FedraServerError):
+    """Too much at once; the same request may succeed after ``retry_after_s``."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, remedy="Nothing to do: the client tries again by itself.")
+        self.retry_after_s = retry_after_s
+
+
+def problem_response(
+    code: ProblemCode,
+    detail: str,
+    *,
+    remedy: str = "",
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Build the response for a code; the table fills in status and remedy."""
+    answer = ANSWERS[code]
+    problem = Problem.of(
+        code, status=status or answer.status, detail=detail, remedy=remedy or answer.remedy
+    )
+    return Response(
+        problem.model_dump_json(),
+        problem.status,
+        headers={**_HEADERS_OF_CODE.get(code, {}), **(headers or {}), "Cache-Control": "no-store"},
+        media_type=PROBLEM_MEDIA_TYPE,
+    )
+
+
+def install_problems(app: FastAPI) -> None:
+    """Make every error leave the application as a problem document."""
+    app.add_exception_handler(FedraServerError, _answer_own_error)
+    app.add_exception_handler(NotNowError, _answer_not_now)
+    app.add_exception_handler(RequestValidationError, _answer_malformed)
+    app.add_exception_handler(HTTPException, _answer_framework_error)
+    app.add_exception_handler(OSError, _answer_disk_error)
+    app.add_exception_handler(Exception, _answer_unexpected)
+
+
+def code_of(error: FedraServerError) -> ProblemCode:
+    """Find the code for an error of ours; whatever the table lacks is internal."""
+    if isinstance(error, RefusedError):
+        return error.code
+    codes = (_CODE_OF_ERROR[kind] for kind in type(error).mro() if kind in _CODE_OF_ERROR)
+    return next(codes, ProblemCode.INTERNAL)
+
+
+async def _answer_own_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, FedraServerError):
+        return await _answer_unexpected(request, error)
+    code = code_of(error)
+    if code is ProblemCode.INTERNAL:
+        return await _answer_unexpected(request, error)
+    headers = error.headers if isinstance(error, RefusedWithHeadersError) else None
+    logger.info("%s %s refused: %s: %s", request.method, request.url.path, code, error)
+    return problem_response(code, str(error), remedy=error.remedy, headers=headers)
+
+
+async def _answer_not_now(_request: Request, error: Exception) -> Response:
+    retry_after_s = error.retry_after_s if isinstance(error, NotNowError) else 1
+    return problem_response(
+        ProblemCode.INTERNAL,
+        str(error),
+        remedy=getattr(error, "remedy", ""),
+        status=HTTPStatus.SERVICE_UNAVAILABLE,
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+async def _answer_malformed(_request: Request, error: Exception) -> Response:
+    faults = error.errors() if isinstance(error, RequestValidationError) else []
+    return problem_response(ProblemCode.MALFORMED_REQUEST, _describe_faults(faults))
+
+
+async def _answer_framework_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return await _answer_unexpected(request, error)
+    code = _CODE_OF_STATUS.get(error.status_code, ProblemCode.MALFORMED_REQUEST)
+    return problem_response(code, str(error.detail), headers=error.headers)
+
+
+async def _answer_disk_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        logger.error("no space left while serving %s", request.url.path)
+        return problem_response(ProblemCode.STORAGE_FULL, "the server's disk is full")
+    return await _answer_unexpected(request, error)
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return problem_response(ProblemCode.INTERNAL, "the server could not answer; its log says why")
+
+
+def _describe_faults(faults: Sequence[Any]) -> str:
+    told = [
+        f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+        for fault in faults[:_MAX_FAULTS_TOLD]
+    ]
+    more = len(faults) - len(told)
+    return "; ".join(told + ([f"and {more} more"] if more > 0 else []))

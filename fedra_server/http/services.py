@@ -1,0 +1,56 @@
+"""What the handlers work with: built once, handed to every handler that asks for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, cast
+
+from anyio import CapacityLimiter
+from fastapi import Depends, Request
+
+from fedra_server.clock import Clock, SystemClock
+from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.coordinator import Coordinator
+from fedra_server.http.changes import ChangeSignal
+from fedra_server.http.enrolment import EnrolmentPace
+from fedra_server.http.reservations import Reservations
+from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.store import Store
+
+_MAX_ADMISSIONS_AT_ONCE = 2
+
+
+def free_disk_bytes(directory: Path) -> int:
+    """Measure the space left on the disk of a directory."""
+    return shutil.disk_usage(directory).free
+
+
+@dataclass(frozen=True)
+class Services:
+    """The store, the bytes, the coordinator and what the handlers share between requests."""
+
+    store: Store
+    blobs: BlobStore
+    home: ServerHome
+    coordinator: Coordinator
+    config: ServerConfig
+    clock: Clock = field(default_factory=SystemClock)
+    free_bytes: Callable[[Path], int] = free_disk_bytes
+    changes: ChangeSignal = field(default_factory=ChangeSignal)
+    enrolments: EnrolmentPace = field(default_factory=EnrolmentPace)
+    receiving: Reservations = field(default_factory=Reservations)
+    admissions: CapacityLimiter = field(
+        default_factory=lambda: CapacityLimiter(_MAX_ADMISSIONS_AT_ONCE)
+    )
+
+
+async def services_of(request: Request) -> Services:
+    """Give the services of the application that a request reached."""
+    return cast("Services", request.app.state.services)
+
+
+ServicesHere = Annotated[Services, Depends(services_of)]
+"""A handler parameter of this type receives the application's services."""

@@ -1,0 +1,166 @@
+"""Runs a server until it is told to stop: home, coordinator, sockets, signals, clean end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import uvicorn
+from typing_extensions import override
+
+from fedra_edge.protocol.version import PROTOCOL_VERSION
+from fedra_server import __version__
+from fedra_server.clock import SystemClock
+from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.coordinator import Coordinator
+from fedra_server.errors import ConfigurationError
+from fedra_server.http.app import create_app
+from fedra_server.http.home_lock import sole_server
+from fedra_server.http.services import Services
+from fedra_server.http.uploads import discard_dead_uploads
+from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.durability import write_durably
+from fedra_server.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG: Final = 2048
+_KEEP_ALIVE_S: Final = 75
+_GRACE_S: Final = 3
+_SIGNALS: Final = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+)
+
+
+def serve(home: ServerHome, config: ServerConfig) -> int:
+    """Serve a home until SIGINT or SIGTERM; give the exit code of a clean stop, 0.
+
+    Raises:
+        ConfigurationError: The address is taken, the home is served already, or a setting
+            cannot work.
+        StorageError: Disk or database refused.
+    """
+    home.create()
+    with ExitStack() as stack:
+        stack.enter_context(sole_server(home))
+        listener = stack.enter_context(listen(config.host, config.port))
+        store = Store.open(home.path, config.database_url)
+        stack.callback(store.close)
+        services = build_services(home, config, store)
+        discard_dead_uploads(services)
+        services.coordinator.start()
+        stack.callback(services.coordinator.stop)
+        url = url_of(listener, config.host)
+        stack.callback(server_file(home).unlink, missing_ok=True)
+        server = GracefulServer(services, on_ready=lambda: _announce(home, url))
+        server.run(sockets=[listener])
+    logger.info("stopped")
+    return 0
+
+
+def build_services(home: ServerHome, config: ServerConfig, store: Store) -> Services:
+    """Put the parts of a server together; the coordinator is not started yet."""
+    clock = SystemClock()
+    blobs = BlobStore(home.blobs)
+    coordinator = Coordinator(store, blobs, home, config, clock)
+    return Services(store, blobs, home, coordinator, config, clock)
+
+
+def server_file(home: ServerHome) -> Path:
+    """Name the file that tells, while a server runs, where it listens."""
+    return home.path / "server.json"
+
+
+@contextmanager
+def listen(host: str, port: int) -> Iterator[socket.socket]:
+    """Open the listening socket before anything else, so that a taken port changes nothing.
+
+    Raises:
+        ConfigurationError: The address is taken or is not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    with listener:
+        if os.name == "posix":  # elsewhere this option would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host} port {port}: {error.strerror or error}",
+                remedy="Stop the other program on this port, or choose another --port or --host.",
+            ) from error
+        yield listener
+
+
+def url_of(listener: socket.socket, host: str) -> str:
+    """Give the base URL of a listening socket."""
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn, except that a signal ends it with success and long-polls are answered first."""
+
+    def __init__(self, services: Services, on_ready: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(services),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                ws="none",
+                backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_GRACE_S,
+            )
+        )
+        self._services = services
+        self._on_ready = on_ready
+
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._services.changes.close()
+        await super().shutdown(sockets)
+
+    @override
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal, without raising it again afterwards."""
+        if threading.current_thread() is not threading.main_thread():  # signals never arrive here
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, disposition in previous.items():
+                signal.signal(number, disposition)
+
+
+def _announce(home: ServerHome, url: str) -> None:
+    place = {
+        "url": url,
+        "pid": os.getpid(),
+        "version": __version__,
+        "protocol": PROTOCOL_VERSION,
+    }
+    write_durably(server_file(home), json.dumps(place).encode())
+    sys.stdout.write(f"fedra-server listening on {url}\n")
+    sys.stdout.flush()

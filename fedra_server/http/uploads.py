@@ -1,0 +1,263 @@
+"""Resumable uploads of adapter deltas, after the IETF draft for resumable uploads.
+
+A delta is announced (POST), its bytes follow in any number of requests (PATCH), and a sender
+that lost its connection asks how far it got (HEAD). An assignment has one upload at a time:
+announcing other bytes for it discards those that arrived before.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Annotated, Final, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from fedra_edge.protocol import routes
+from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.ids import UploadId
+from fedra_edge.protocol.messages import DeltaReceipt, UploadStatus
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.wire import ByteCount, Token
+from fedra_server.errors import NotFoundError, NotPermittedError, RefusedError, StorageFullError
+from fedra_server.http.auth import Caller, SpeaksProtocol
+from fedra_server.http.mounting import FOR_CLIENTS, mount
+from fedra_server.http.problems import NotNowError, RefusedWithHeadersError
+from fedra_server.http.receiving import part_size_bytes, receive
+from fedra_server.http.services import Services, ServicesHere
+from fedra_server.storage.durability import disk_errors
+from fedra_server.storage.records import ClientRecord, UploadRecord
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["uploads"], dependencies=[SpeaksProtocol])
+
+_SPARE_BYTES: Final = 16 * 2**20
+"""Space that uploads leave free, so that the database can always record what was decided."""
+_ADMISSION: Final = (
+    ProblemCode.ROUND_CLOSED,
+    ProblemCode.DELTA_CONFLICT,
+    ProblemCode.DELTA_TOO_LARGE,
+    ProblemCode.STORAGE_FULL,
+    ProblemCode.NOT_FOUND,
+    ProblemCode.NOT_PERMITTED,
+)
+_TENSORS: Final = (
+    ProblemCode.OFFSET_MISMATCH,
+    ProblemCode.DIGEST_MISMATCH,
+    ProblemCode.TENSORS_MALFORMED,
+    ProblemCode.TENSOR_MISSING,
+    ProblemCode.TENSOR_UNEXPECTED,
+    ProblemCode.TENSOR_SHAPE,
+    ProblemCode.TENSOR_DTYPE,
+    ProblemCode.TENSOR_NOT_FINITE,
+)
+_OFFSET_HEADERS: Final = {
+    routes.UPLOAD_OFFSET_HEADER: {
+        "description": "Bytes that the server holds.",
+        "schema": {"type": "integer"},
+    }
+}
+_BODY: Final = {
+    "required": True,
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
+
+
+@mount(
+    router,
+    routes.UPLOAD_CREATE,
+    *FOR_CLIENTS,
+    *_ADMISSION,
+    ProblemCode.OFFSET_MISMATCH,
+    status_code=201,
+)
+def announce(
+    delta: DeltaManifest, services: ServicesHere, client: Caller, response: Response
+) -> UploadStatus:
+    """Take note of a delta; announcing it again gives the same upload, as far as it got."""
+    assignment = services.coordinator.intake.expect(client.client_id, delta)
+    upload = services.store.upload_for(assignment.assignment_id, delta.sha256)
+    if upload is None:
+        upload = _begin_upload(services, client, delta)
+    offset_bytes = _offset_bytes(services, upload)
+    _require_space(services, delta.size_bytes - offset_bytes)
+    response.headers["Location"] = routes.UPLOAD_OFFSET.fill(upload_id=upload.upload_id)
+    return UploadStatus(
+        upload_id=upload.upload_id, offset_bytes=offset_bytes, size_bytes=delta.size_bytes
+    )
+
+
+@mount(
+    router,
+    routes.UPLOAD_OFFSET,
+    *FOR_CLIENTS,
+    ProblemCode.NOT_FOUND,
+    ProblemCode.NOT_PERMITTED,
+    response_class=Response,
+    responses={200: {"description": "How far the upload got.", "headers": _OFFSET_HEADERS}},
+)
+def tell_offset(upload_id: Token, services: ServicesHere, client: Caller) -> Response:
+    """Tell how many bytes of an upload the server holds."""
+    upload = _own_upload(services, client, upload_id)
+    return Response(
+        headers={
+            routes.UPLOAD_OFFSET_HEADER: str(_offset_bytes(services, upload)),
+            routes.UPLOAD_LENGTH_HEADER: str(upload.delta.size_bytes),
+            "Cache-Control": "no-store",
+        }
+    )
+
+
+@mount(
+    router,
+    routes.UPLOAD_APPEND,
+    *FOR_CLIENTS,
+    *_ADMISSION,
+    *_TENSORS,
+    response_model=DeltaReceipt,
+    responses={
+        200: {"description": "The delta is complete and admitted.", "model": DeltaReceipt},
+        204: {"description": "The bytes are on disk.", "headers": _OFFSET_HEADERS},
+    },
+    openapi_extra={"requestBody": _BODY},
+)
+async def append(
+    request: Request,
+    upload_id: Token,
+    services: ServicesHere,
+    client: Caller,
+    *,
+    offset: Annotated[ByteCount, Header(alias=routes.UPLOAD_OFFSET_HEADER)],
+    complete: Annotated[Literal["?0", "?1"], Header(alias=routes.UPLOAD_COMPLETE_HEADER)],
+) -> Response | DeltaReceipt:
+    """Append bytes; they are on disk when the answer comes. The last ones complete the delta."""
+    upload = await run_in_threadpool(_own_upload, services, client, upload_id)
+    with services.receiving.hold(upload.assignment_id) as is_free:
+        if not is_free:
+            raise _offset_mismatch(services, upload, "another request is sending this delta")
+        await run_in_threadpool(_check_append, services, upload, offset)
+        size_bytes = await _take_bytes(request, services, upload, offset)
+        if complete == "?0":
+            headers = {routes.UPLOAD_OFFSET_HEADER: str(size_bytes)}
+            return Response(status_code=204, headers=headers)
+        if size_bytes < upload.delta.size_bytes:
+            raise _offset_mismatch(services, upload, "bytes are missing before the end")
+        return await to_thread.run_sync(_admit, services, upload, limiter=services.admissions)
+
+
+def discard_dead_uploads(services: Services) -> None:
+    """Remove, at the start of a server, the bytes of deltas that can no longer be admitted."""
+    for part in services.home.uploads.glob("*.part"):
+        try:
+            upload = services.store.upload(UploadId(part.stem))
+            assignment = services.coordinator.intake.expect(upload.client_id, upload.delta)
+            is_dead = services.coordinator.intake.is_counted(assignment)
+        except (NotFoundError, NotPermittedError, RefusedError):
+            is_dead = True
+        if is_dead:
+            logger.info("discarding what arrived of upload %s", part.stem)
+            part.unlink(missing_ok=True)
+
+
+def _begin_upload(services: Services, client: ClientRecord, delta: DeltaManifest) -> UploadRecord:
+    """Record a new upload in place of any other of its assignment."""
+    with services.receiving.hold(delta.id) as is_free:
+        others = services.store.uploads_of(delta.id)
+        if not is_free:
+            if not others:
+                raise NotNowError("this delta is being announced already", retry_after_s=1)
+            raise _offset_mismatch(services, others[-1], "another request is sending a delta")
+        for other in others:
+            if other.delta.sha256 == delta.sha256:  # announced twice at the same moment
+                return other
+            _discard(services, other)
+        upload = UploadRecord(
+            upload_id=UploadId(secrets.token_hex(16)),
+            assignment_id=delta.id,
+            client_id=client.client_id,
+            delta=delta,
+            created_at=services.clock.now(),
+        )
+        services.store.add_upload(upload)
+        return upload
+
+
+def _check_append(services: Services, upload: UploadRecord, offset: int) -> None:
+    """Make sure that the delta is still wanted and that the bytes continue what is there."""
+    try:
+        services.coordinator.intake.expect(upload.client_id, upload.delta)
+    except RefusedError:
+        _discard(services, upload)
+        raise
+    if offset != _offset_bytes(services, upload):
+        raise _offset_mismatch(services, upload, f"the upload does not stand at byte {offset}")
+
+
+async def _take_bytes(
+    request: Request, services: Services, upload: UploadRecord, offset: int
+) -> int:
+    room_bytes = upload.delta.size_bytes - offset
+    announced = request.headers.get("content-length", "0")
+    if not announced.isascii() or not announced.isdigit() or int(announced) > room_bytes:
+        raise RefusedError(
+            ProblemCode.DELTA_TOO_LARGE,
+            f"the upload has room for {room_bytes} more bytes, the request brings {announced[:20]}",
+        )
+    if room_bytes == 0:
+        return offset
+    part = services.home.upload_part(upload.upload_id)
+    return await receive(part, request.stream(), room_bytes)
+
+
+def _admit(services: Services, upload: UploadRecord) -> DeltaReceipt:
+    """Hand a complete delta over; the bytes of a refused one are discarded."""
+    part = services.home.upload_part(upload.upload_id)
+    try:
+        receipt = services.coordinator.intake.admit(upload, part)
+    except RefusedError as error:
+        if error.code is ProblemCode.DIGEST_MISMATCH:  # the sender may begin again
+            part.unlink(missing_ok=True)
+        else:
+            _discard(services, upload)
+        raise
+    services.coordinator.wake()
+    return receipt
+
+
+def _own_upload(services: Services, client: ClientRecord, upload_id: str) -> UploadRecord:
+    upload = services.store.upload(UploadId(upload_id))
+    if upload.client_id != client.client_id:
+        raise NotPermittedError("this upload belongs to another client")
+    return upload
+
+
+def _offset_bytes(services: Services, upload: UploadRecord) -> int:
+    """Tell how many bytes are here; all of them once the delta is admitted."""
+    assignment = services.store.assignment(upload.assignment_id)
+    if services.coordinator.intake.is_counted(assignment):
+        return upload.delta.size_bytes
+    return part_size_bytes(services.home.upload_part(upload.upload_id))
+
+
+def _offset_mismatch(services: Services, upload: UploadRecord, detail: str) -> RefusedError:
+    offset_bytes = _offset_bytes(services, upload)
+    return RefusedWithHeadersError(
+        ProblemCode.OFFSET_MISMATCH,
+        f"{detail}; {offset_bytes} bytes are here",
+        {routes.UPLOAD_OFFSET_HEADER: str(offset_bytes)},
+    )
+
+
+def _require_space(services: Services, size_bytes: int) -> None:
+    free_bytes = services.free_bytes(services.home.uploads)
+    if size_bytes > free_bytes - _SPARE_BYTES:
+        raise StorageFullError(f"no space for {size_bytes} bytes: the disk has {free_bytes} left")
+
+
+def _discard(services: Services, upload: UploadRecord) -> None:
+    """Forget an upload and its bytes; the bytes first, so that none outlive the record."""
+    with disk_errors("discarding an upload"):
+        services.home.upload_part(upload.upload_id).unlink(missing_ok=True)
+    services.store.remove_upload(upload.upload_id)

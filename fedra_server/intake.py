@@ -1,0 +1,159 @@
+"""Takes deltas in: refuses what must not enter, and makes durable what may be merged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Final
+
+from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.messages import DeltaReceipt
+from fedra_edge.protocol.models import Shape
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.tensors import sha256_of_file
+from fedra_server.admission import check_delta, largest_delta_bytes
+from fedra_server.clock import Clock
+from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.errors import NotPermittedError, RefusedError
+from fedra_server.runs import AssignmentState, RunState
+from fedra_server.storage.durability import replace_durably
+from fedra_server.storage.records import AssignmentRecord, UploadRecord
+from fedra_server.storage.store import Store
+
+_LOG = logging.getLogger(__name__)
+_COUNTED: Final = frozenset({AssignmentState.ADMITTED, AssignmentState.MERGED})
+_OPEN: Final = frozenset({AssignmentState.PENDING, AssignmentState.FAILED, AssignmentState.EXPIRED})
+_DEFECT: Final = "Update the client software; if it is up to date, report this as a defect."
+
+
+class Intake:
+    """The way of a delta from its announcement to being counted in.
+
+    ``merging`` is held while a delta is counted in and while a round merges, so that a delta
+    is either part of its round's merge or refused, never admitted and left out.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        home: ServerHome,
+        config: ServerConfig,
+        clock: Clock,
+        merging: threading.Lock,
+    ) -> None:
+        self._store = store
+        self._home = home
+        self._config = config
+        self._clock = clock
+        self._merging = merging
+
+    def expect(self, client_id: ClientId, delta: DeltaManifest) -> AssignmentRecord:
+        """Check an announced delta before a byte of it is accepted.
+
+        Raises:
+            NotFoundError: There is no such assignment.
+            NotPermittedError: It is another client's.
+            RefusedError: The round is closed, another delta was admitted, or it is too large.
+        """
+        assignment = self._store.assignment(delta.id)
+        if assignment.client_id != client_id:
+            raise NotPermittedError(
+                f"assignment {delta.id} belongs to another client",
+                remedy="Use each client's home directory on one machine only.",
+            )
+        self._refuse_unless_open(assignment, delta)
+        limit = largest_delta_bytes(self._shapes(assignment))
+        if self._config.max_delta_bytes is not None:
+            limit = min(limit, self._config.max_delta_bytes)
+        if delta.size_bytes > limit:
+            raise RefusedError(
+                ProblemCode.DELTA_TOO_LARGE,
+                f"{delta.size_bytes} bytes announced, this slice's delta has at most {limit}",
+                remedy=_DEFECT,
+            )
+        return assignment
+
+    def is_counted(self, assignment: AssignmentRecord) -> bool:
+        """Tell whether the assignment's delta is already in; sending it again changes nothing."""
+        return assignment.state in _COUNTED
+
+    def admit(self, upload: UploadRecord, part: Path) -> DeltaReceipt:
+        """Check a complete upload, make it durable and count it in. Idempotent.
+
+        Raises:
+            RefusedError: The delta breaks a rule, or its round was merged without it.
+            StorageError: It could not be kept; nothing changed.
+        """
+        assignment = self.expect(upload.client_id, upload.delta)
+        receipt = DeltaReceipt(assignment_id=assignment.assignment_id)
+        if self.is_counted(assignment):
+            return receipt
+        self._check(assignment, upload, part)
+        with self._merging:
+            assignment = self._store.assignment(assignment.assignment_id)
+            self._refuse_unless_open(assignment, upload.delta)
+            if self.is_counted(assignment):
+                return receipt
+            replace_durably(part, self._home.delta_file(assignment.assignment_id))
+            self._store.settle(
+                assignment.assignment_id,
+                AssignmentState.ADMITTED,
+                detail="",
+                now=self._clock.now(),
+                delta=upload.delta,
+                only_from=_OPEN,
+            )
+        return receipt
+
+    def _check(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
+        """Run admission; a delta that fails it settles its assignment as refused."""
+        if sha256_of_file(part) != upload.delta.sha256:
+            raise RefusedError(
+                ProblemCode.DIGEST_MISMATCH,
+                "the bytes received do not have the announced sha256",
+                remedy="Send the delta again; the link or a disk altered it on the way.",
+            )
+        try:
+            check_delta(part, self._shapes(assignment))
+        except RefusedError as error:
+            _LOG.warning("delta of client %s refused: %s", assignment.client_id, error)
+            self._store.settle(
+                assignment.assignment_id,
+                AssignmentState.REFUSED,
+                detail=f"{error.code}: {error}",
+                now=self._clock.now(),
+                only_from=_OPEN,
+            )
+            raise
+
+    def _refuse_unless_open(self, assignment: AssignmentRecord, delta: DeltaManifest) -> None:
+        """Let pass an unsettled assignment of an open round, and a repeat of what is counted."""
+        if self.is_counted(assignment):
+            if assignment.delta is not None and assignment.delta.sha256 == delta.sha256:
+                return
+            raise RefusedError(
+                ProblemCode.DELTA_CONFLICT,
+                "another delta of this assignment was admitted before",
+                remedy="Use each client's home directory on one machine only.",
+            )
+        if assignment.state is AssignmentState.REFUSED:
+            raise RefusedError(
+                ProblemCode.DELTA_CONFLICT,
+                f"this assignment's delta was refused before: {assignment.detail}",
+                remedy="Nothing to do; the client gets a new assignment in the next round.",
+            )
+        current = self._store.current_round(assignment.run)
+        is_active = self._store.run(assignment.run).state in {RunState.RUNNING, RunState.PAUSED}
+        if not is_active or current is None or current.number != assignment.round_number:
+            raise RefusedError(
+                ProblemCode.ROUND_CLOSED,
+                f"round {assignment.round_number} of run {assignment.run} ended without this delta",
+                remedy="Nothing to do here; a longer --deadline-s would give slow sites more time.",
+            )
+
+    def _shapes(self, assignment: AssignmentRecord) -> dict[str, Shape]:
+        spec = self._store.model(self._store.run(assignment.run).model_id).spec
+        manifest = assignment.manifest
+        return spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)

@@ -1,0 +1,85 @@
+"""Plans a round: from the machines that are there to one slice for each of them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.ids import ClientId, LayerId
+from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.slices import LayerRole
+from fedra_server.allocation import draw_allocation
+from fedra_server.fitting import Work, fit_work
+from fedra_server.runs import RunSpec
+
+_MAX_SEED = 2**62
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A live client that could take part."""
+
+    client_id: ClientId
+    profile: DeviceProfile
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class PlannedSlice:
+    """One participant's slice; ``chance`` is its probability to train any given layer."""
+
+    client_id: ClientId
+    work: Work
+    layers: tuple[LayerRole, ...]
+    chance: float
+    seed: int
+
+
+def round_generator(run: RunSpec, round_number: int, draw: int) -> np.random.Generator:
+    """Make the generator of one draw of one round, always the same for the same arguments."""
+    return np.random.default_rng([run.seed, round_number, draw])
+
+
+def plan_round(
+    candidates: Sequence[Candidate],
+    spec: ModelSpec,
+    run: RunSpec,
+    last_trained: Sequence[int],
+    generator: np.random.Generator,
+) -> list[PlannedSlice]:
+    """Fit every candidate, draw the allocation matrix, and cut one slice per participant.
+
+    Candidates whose machine does not fit are left out. The result does not depend on the order
+    of the candidates.
+    """
+    fits = {
+        candidate.client_id: fit_work(candidate.profile, candidate.calibration, spec, run)
+        for candidate in candidates
+    }
+    works = {client_id: fit for client_id, fit in sorted(fits.items()) if isinstance(fit, Work)}
+    budgets = {client_id: work.num_layers for client_id, work in works.items()}
+    matrix = draw_allocation(run.allocation, budgets, last_trained, generator)
+    return [
+        PlannedSlice(
+            client_id=client_id,
+            work=work,
+            layers=_roles(spec, work, matrix.rows[client_id]),
+            chance=work.num_layers / spec.num_layers,
+            seed=int(generator.integers(_MAX_SEED)),
+        )
+        for client_id, work in works.items()
+    ]
+
+
+def _roles(spec: ModelSpec, work: Work, trained: tuple[LayerId, ...]) -> tuple[LayerRole, ...]:
+    """Full depth passes through the layers it does not train; reduced depth skips them."""
+    held = spec.layer_ids if work.depth == "full" else trained
+
+    def role(layer_id: LayerId) -> Literal["train", "frozen"]:
+        return "train" if layer_id in trained else "frozen"
+
+    return tuple(LayerRole(layer_id=layer_id, role=role(layer_id)) for layer_id in held)

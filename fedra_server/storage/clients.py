@@ -1,0 +1,153 @@
+"""The population's records: who is enrolled, online, and how quick."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.ids import ClientId
+from fedra_server.errors import NotFoundError
+from fedra_server.runs import AssignmentState
+from fedra_server.storage import tables
+from fedra_server.storage.database import Database
+from fedra_server.storage.records import ClientRecord
+from fedra_server.storage.rows import client_record, client_values
+
+_CLIENTS = tables.clients.c
+
+
+class ClientRecords(Database):
+    """Every method is one transaction."""
+
+    def add_client(self, record: ClientRecord, credential_sha256: str) -> None:
+        """Enrol a client; the store knows its credential by digest only.
+
+        Raises:
+            ConflictError: The client or the credential exists already.
+        """
+        with self.writing() as connection:
+            connection.execute(
+                insert(tables.clients).values(client_values(record, credential_sha256))
+            )
+
+    def client_by_credential(self, credential_sha256: str) -> ClientRecord | None:
+        """Find the member a credential belongs to; one that has left is no member."""
+        query = select(tables.clients).where(
+            _CLIENTS.credential_sha256 == credential_sha256, _CLIENTS.has_left.is_(False)
+        )
+        with self.reading() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else client_record(row)
+
+    def client(self, client_id: ClientId) -> ClientRecord:
+        """Give a client, also one that has left.
+
+        Raises:
+            NotFoundError: No such client.
+        """
+        with self.reading() as connection:
+            return _client(connection, client_id)
+
+    def clients(self, *, include_left: bool = False) -> list[ClientRecord]:
+        """Give the population, in the order of enrolment."""
+        query = select(tables.clients).order_by(_CLIENTS.enrolled_at, _CLIENTS.client_id)
+        if not include_left:
+            query = query.where(_CLIENTS.has_left.is_(False))
+        with self.reading() as connection:
+            return [client_record(row) for row in connection.execute(query)]
+
+    def rejoin(
+        self, client_id: ClientId, profile: DeviceProfile, run: str | None, now: float
+    ) -> ClientRecord:
+        """Note that a client is back, with its machine as it is now; it is online from here.
+
+        Raises:
+            NotFoundError: No such client, or it has left.
+        """
+        return self._update_member(
+            client_id,
+            profile=profile.model_dump_json(),
+            run=run,
+            is_online=True,
+            last_seen_at=now,
+        )
+
+    def touch(self, client_id: ClientId, now: float) -> None:
+        """Note a sign of life.
+
+        Raises:
+            NotFoundError: No such client, or it has left.
+        """
+        self._update_member(client_id, is_online=True, last_seen_at=now)
+
+    def set_offline(self, client_id: ClientId, now: float) -> None:
+        """Note that a client said it goes offline.
+
+        Raises:
+            NotFoundError: No such client, or it has left.
+        """
+        self._update_member(client_id, is_online=False, last_seen_at=now)
+
+    def leave(self, client_id: ClientId, now: float) -> None:
+        """End a membership for good: the credential opens nothing from now on.
+
+        Raises:
+            NotFoundError: No such client, or it has left already.
+        """
+        self._update_member(client_id, is_online=False, has_left=True, last_seen_at=now)
+
+    def rounds_contributed(self, client_id: ClientId) -> int:
+        """Count the deltas of a client that were merged."""
+        query = select(func.count()).where(
+            tables.assignments.c.client_id == client_id,
+            tables.assignments.c.state == AssignmentState.MERGED.value,
+        )
+        with self.reading() as connection:
+            return connection.execute(query).scalar_one()
+
+    def set_calibration(self, client_id: ClientId, calibration: Calibration) -> None:
+        """Keep what a client measured of a model, in place of what it measured before.
+
+        Raises:
+            NotFoundError: No such client.
+        """
+        columns = tables.calibrations.c
+        values = {"calibration": calibration.model_dump_json()}
+        keys = {"client_id": client_id, "model_id": calibration.model_id}
+        change = update(tables.calibrations).where(
+            columns.client_id == client_id, columns.model_id == calibration.model_id
+        )
+        with self.writing() as connection:
+            _client(connection, client_id)
+            if connection.execute(change.values(values)).rowcount == 0:
+                connection.execute(insert(tables.calibrations).values({**keys, **values}))
+
+    def calibrations(self, model_id: str) -> dict[ClientId, Calibration]:
+        """Give what each member measured of a model."""
+        query = (
+            select(tables.calibrations)
+            .join(tables.clients)
+            .where(tables.calibrations.c.model_id == model_id, _CLIENTS.has_left.is_(False))
+        )
+        with self.reading() as connection:
+            return {
+                ClientId(row.client_id): Calibration.model_validate_json(row.calibration)
+                for row in connection.execute(query)
+            }
+
+    def _update_member(self, client_id: ClientId, **values: object) -> ClientRecord:
+        change = update(tables.clients).where(
+            _CLIENTS.client_id == client_id, _CLIENTS.has_left.is_(False)
+        )
+        with self.writing() as connection:
+            if connection.execute(change.values(values)).rowcount == 0:
+                raise NotFoundError(f"there is no member {client_id}")
+            return _client(connection, client_id)
+
+
+def _client(connection: Connection, client_id: ClientId) -> ClientRecord:
+    query = select(tables.clients).where(_CLIENTS.client_id == client_id)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no client {client_id}")
+    return client_record(row)

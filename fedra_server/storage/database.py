@@ -1,0 +1,149 @@
+"""One connection pool, two kinds of transaction, and database errors in our own words."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from fedra_server.errors import (
+    ConfigurationError,
+    ConflictError,
+    FedraServerError,
+    StorageError,
+    StorageFullError,
+)
+from fedra_server.storage.durability import FULL_REMEDY
+
+BUSY_TIMEOUT_S: Final = 10.0
+_READS_ONLY: Final = "fedra_reads_only"
+_POSTGRES_DISK_FULL: Final = "53100"
+_POOL_CONNECTIONS: Final = 5
+_MORE_CONNECTIONS: Final = 40
+
+
+class Database:
+    """A database by URL: SQLite in WAL mode by default, PostgreSQL when asked for."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = _create_engine(url)
+        self._reader = self._engine.execution_options(**{_READS_ONLY: True})
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Give one consistent view of the records for as long as the block runs."""
+        with database_errors(), self._reader.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Run the block as one transaction: all of it is durable at its end, or nothing."""
+        with database_errors(), self._engine.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._engine.dispose()
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Turn SQLAlchemy's errors into ours; a message never holds a statement's parameters.
+
+    Raises:
+        StorageFullError: No space is left for the database.
+        ConflictError: A rule of the schema refused.
+        StorageError: The database refused for another reason.
+    """
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise translate(error) from error
+
+
+def translate(error: SQLAlchemyError) -> FedraServerError:
+    """Find our error for one of SQLAlchemy's."""
+    if isinstance(error, IntegrityError):
+        return ConflictError(f"the records do not allow this: {error.orig}")
+    if isinstance(error, DBAPIError) and _is_full(error.orig):
+        return StorageFullError("no space is left for the database", remedy=FULL_REMEDY)
+    if isinstance(error, PoolTimeoutError):
+        return StorageError("the database is busy", remedy="Try again.")
+    reason = error.orig if isinstance(error, DBAPIError) else error
+    return StorageError(f"the database refused: {reason}")
+
+
+def _is_full(reason: BaseException | None) -> bool:
+    if isinstance(reason, sqlite3.Error):
+        return getattr(reason, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return getattr(reason, "sqlstate", None) == _POSTGRES_DISK_FULL
+
+
+def _create_engine(url: str) -> Engine:
+    remedy = "Give a SQLAlchemy URL of SQLite or PostgreSQL, for example postgresql+psycopg://..."
+    try:
+        dialect = make_url(url).get_backend_name()
+        engine = create_engine(
+            url,
+            hide_parameters=True,
+            pool_size=_POOL_CONNECTIONS,
+            max_overflow=_MORE_CONNECTIONS,
+            pool_pre_ping=dialect != "sqlite",
+        )
+    except ArgumentError as error:
+        raise ConfigurationError("the database URL cannot be read", remedy=remedy) from error
+    except ImportError as error:
+        message = f"the database driver is not installed: {error.name}"
+        raise ConfigurationError(message, remedy="Install the driver with pip.") from error
+    if dialect == "sqlite":
+        _prepare_sqlite(engine)
+    elif dialect != "postgresql":
+        raise ConfigurationError(f"{dialect} is not supported", remedy=remedy)
+    return engine
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    with database_errors():
+        _use_write_ahead_log(engine)
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    """Set what holds per connection, and let us begin transactions ourselves."""
+    connection.isolation_level = None
+    connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """Begin; a writer takes the lock at once, so that it waits now and never fails midway."""
+    reads_only = connection.get_execution_options().get(_READS_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+
+
+def _use_write_ahead_log(engine: Engine) -> None:
+    """Switch the file to WAL once; SQLite does not wait by itself when another does the same."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    pause = threading.Event()
+    raw: Any = engine.raw_connection()
+    try:
+        while True:
+            try:
+                raw.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as error:
+                if time.monotonic() > deadline or error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise StorageError(f"the database cannot be opened: {error}") from error
+                pause.wait(0.02)
+            else:
+                return
+    finally:
+        raw.close()

@@ -1,0 +1,108 @@
+"""The records of runs and of their published revisions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from sqlalchemy import Connection, insert, select, update
+
+from fedra_server.errors import ConflictError, NotFoundError
+from fedra_server.runs import RunState
+from fedra_server.storage import tables
+from fedra_server.storage.database import Database
+from fedra_server.storage.records import RevisionRecord, RunRecord
+from fedra_server.storage.rows import revision_record, revision_values, run_record, run_values
+
+_RUNS = tables.runs.c
+_REVISIONS = tables.revisions.c
+
+
+class RunRecords(Database):
+    """Every method is one transaction."""
+
+    def add_run(self, record: RunRecord, revision: RevisionRecord) -> None:
+        """Create a run together with its revision 0.
+
+        Raises:
+            ConflictError: A run has this name already.
+            NotFoundError: Its model is not registered.
+        """
+        model = select(tables.models.c.model_id).where(tables.models.c.model_id == record.model_id)
+        name = select(_RUNS.run).where(_RUNS.run == record.run)
+        with self.writing() as connection:
+            if connection.execute(model).one_or_none() is None:
+                raise NotFoundError(f"there is no model {record.model_id}")
+            if connection.execute(name).one_or_none() is not None:
+                raise ConflictError(
+                    f"a run named {record.run!r} exists already", remedy="Choose another name."
+                )
+            connection.execute(insert(tables.runs).values(run_values(record)))
+            connection.execute(insert(tables.revisions).values(revision_values(revision)))
+
+    def run(self, run: str) -> RunRecord:
+        """Give a run.
+
+        Raises:
+            NotFoundError: No such run.
+        """
+        with self.reading() as connection:
+            return find_run(connection, run)
+
+    def runs(self) -> list[RunRecord]:
+        """Give all runs, in the order they were created."""
+        query = select(tables.runs).order_by(_RUNS.created_at, _RUNS.run)
+        with self.reading() as connection:
+            return [run_record(row) for row in connection.execute(query)]
+
+    def set_run_state(
+        self, run: str, state: RunState, allowed_from: Collection[RunState]
+    ) -> RunRecord:
+        """Move a run to another state, if it is in one of the allowed ones.
+
+        Raises:
+            NotFoundError: No such run.
+            ConflictError: Its present state does not allow this.
+        """
+        sources = [source.value for source in allowed_from]
+        change = update(tables.runs).where(_RUNS.run == run, _RUNS.state.in_(sources))
+        with self.writing() as connection:
+            is_changed = connection.execute(change.values(state=state.value)).rowcount == 1
+            record = find_run(connection, run)
+            if not is_changed:
+                raise ConflictError(f"run {run!r} is {record.state} and cannot become {state}")
+            return record
+
+    def revision(self, run: str, number: int | None = None) -> RevisionRecord:
+        """Give a revision of a run, the latest unless a number is given.
+
+        Raises:
+            NotFoundError: No such run or revision.
+        """
+        query = select(tables.revisions).where(_REVISIONS.run == run)
+        if number is not None:
+            query = query.where(_REVISIONS.number == number)
+        with self.reading() as connection:
+            row = connection.execute(query.order_by(_REVISIONS.number.desc()).limit(1)).first()
+        if row is None:
+            which = "any revision" if number is None else f"a revision {number}"
+            raise NotFoundError(f"there is no run {run!r} with {which}")
+        return revision_record(row)
+
+    def revisions(self, run: str) -> list[RevisionRecord]:
+        """Give all revisions of a run, oldest first."""
+        with self.reading() as connection:
+            return find_revisions(connection, run)
+
+
+def find_run(connection: Connection, run: str) -> RunRecord:
+    """Read a run inside a transaction; NotFoundError when there is none."""
+    row = connection.execute(select(tables.runs).where(_RUNS.run == run)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no run {run!r}", remedy="See `fedra-server run list`.")
+    return run_record(row)
+
+
+def find_revisions(connection: Connection, run: str) -> list[RevisionRecord]:
+    """Read a run's revisions inside a transaction, oldest first."""
+    query = select(tables.revisions).where(_REVISIONS.run == run).order_by(_REVISIONS.number)
+    return [revision_record(row) for row in connection.execute(query)]

@@ -1,0 +1,1 @@
+"""The whole product at work on one machine: a server, six sites, real processes, real data."""

@@ -1,0 +1,208 @@
+"""The wire contract as a client meets it: membership, polling, evaluation, health, document."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fedra_edge.protocol import routes
+from fedra_edge.protocol.messages import (
+    ClientStatus,
+    EnrolRequest,
+    FailureReport,
+    Heartbeat,
+    RejoinRequest,
+)
+from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE
+from fedra_edge.protocol.rounds import Evaluation
+from fedra_edge.protocol.slices import SliceManifest
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
+from fedra_server.config import ServerConfig
+from tests.contract.conftest import Participants
+from tests.support.builders import make_profile
+from tests.support.headquarters import PROTOCOL, Headquarters, Site, headquarters, home_in
+
+ALL_ROUTES = [value for value in vars(routes).values() if isinstance(value, routes.Route)]
+
+
+def status_of(site: Site) -> ClientStatus:
+    return ClientStatus.model_validate_json(site.call(routes.CLIENT_STATUS).content)
+
+
+def test_the_openapi_document_names_every_route_and_every_problem(hq: Headquarters) -> None:
+    document = httpx.get(f"{hq.url}/openapi.json").json()
+    served = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+    assert served == {(route.method, route.path) for route in ALL_ROUTES}
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert PROBLEM_MEDIA_TYPE in operation["responses"]["422"]["content"]
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/openapi.json", "/nowhere"])
+def test_every_answer_states_the_protocol(hq: Headquarters, path: str) -> None:
+    assert httpx.get(f"{hq.url}{path}").headers[PROTOCOL_HEADER] == PROTOCOL_VERSION
+
+
+def test_a_client_enrols_comes_back_goes_offline_and_leaves(hq: Headquarters) -> None:
+    with hq.site("plant 7", calibrated=False) as site:
+        status = status_of(site)
+        assert (status.client_id, status.name, status.run) == (site.client_id, "plant 7", None)
+        assert status.is_online
+        assert status.open_assignment is None
+        profile = make_profile(memory_bytes=2**31)
+        assert site.call(routes.REJOIN, RejoinRequest(profile=profile)).status_code == 200
+        [record] = [it for it in hq.services.store.clients() if it.client_id == site.client_id]
+        assert record.profile == profile
+        assert site.call(routes.OFFLINE).status_code == 204
+        assert not status_of(site).is_online
+        assert site.call(routes.LEAVE).status_code == 204
+        assert site.call(routes.CLIENT_STATUS).status_code == 401
+
+
+def test_the_credential_is_stored_nowhere(hq: Headquarters, site: Site) -> None:
+    for path in hq.services.home.path.rglob("*"):
+        if path.is_file():
+            assert site.credential.encode() not in path.read_bytes()
+
+
+def test_a_model_is_described_so_that_it_keeps_its_identity(hq: Headquarters, site: Site) -> None:
+    answer = site.call(routes.MODEL, parts={"model_id": hq.spec.model_id})
+    assert ModelSpec.model_validate_json(answer.content).model_id == hq.spec.model_id
+    assert "immutable" in answer.headers["Cache-Control"]
+
+
+def test_who_has_not_calibrated_is_asked_to(hq: Headquarters) -> None:
+    hq.create_run("calibrating")
+    with hq.site("new", "calibrating", calibrated=False) as site:
+        answer = site.call(routes.ASSIGNMENT, params={"wait_s": "20"})
+        assert answer.json()["calibrate"] == hq.spec.model_id
+
+
+def test_a_waiting_client_hears_of_its_work_at_once(hq: Headquarters) -> None:
+    hq.create_run("awaited", min_participants=2)
+    moments: dict[str, float] = {}
+
+    def poll(site: Site) -> None:
+        site.work(wait_s=20)
+        moments["answered"] = time.monotonic()
+
+    with hq.site("first", "awaited") as first:
+        poller = threading.Thread(target=poll, args=(first,))
+        poller.start()
+        with hq.site("second", "awaited"):
+            moments["complete"] = time.monotonic()
+            poller.join(timeout=20)
+    assert moments["answered"] - moments["complete"] < 2
+
+
+def test_a_wait_is_never_longer_than_the_protocol_allows(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "MAX_POLL_S", 0.2)
+    started = time.monotonic()
+    assert site.call(routes.ASSIGNMENT, params={"wait_s": "1000"}).json()["kind"] == "wait"
+    assert 0.2 <= time.monotonic() - started < 5
+
+
+def test_waiting_clients_hold_no_threads(hq: Headquarters, site: Site) -> None:
+    """Far more polls than a thread pool has threads wait, and the server still answers."""
+
+    async def poll_together() -> tuple[int, float]:
+        headers = {**PROTOCOL, "Authorization": f"Bearer {site.credential}"}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=hq.url, headers=headers, timeout=60, limits=limits
+        ) as http:
+            polls = [http.get("/v1/assignment", params={"wait_s": "4"}) for _ in range(150)]
+            waiting = asyncio.gather(*polls)
+            await asyncio.sleep(2)
+            asked = time.monotonic()
+            assert (await http.get("/v1/clients/me")).status_code == 200
+            answered_s = time.monotonic() - asked
+            kinds = {answer.json()["kind"] for answer in await waiting}
+            assert kinds == {"wait"}
+            return len(kinds), answered_s
+
+    _, answered_s = asyncio.run(poll_together())
+    assert answered_s < 1
+
+
+def test_a_heartbeat_tells_whether_the_work_is_still_wanted(
+    participant: tuple[Site, SliceManifest],
+) -> None:
+    site, manifest = participant
+    beat = Heartbeat(assignment_id=manifest.assignment_id, steps_done=1, steps_total=9)
+    assert site.call(routes.HEARTBEAT, beat).json() == {"is_wanted": True}
+    assert status_of(site).open_assignment == manifest.assignment_id
+    parts = {"assignment_id": manifest.assignment_id}
+    report = FailureReport(detail="out of memory")
+    assert site.call(routes.FAILURE, report, parts=parts).status_code == 204
+    assert site.call(routes.FAILURE, report, parts=parts).status_code == 204
+    assert site.call(routes.HEARTBEAT, beat).json() == {"is_wanted": False}
+
+
+@pytest.mark.parametrize("route", [routes.OFFLINE, routes.LEAVE])
+def test_nobody_waits_for_a_client_that_said_goodbye(
+    hq: Headquarters, participant: tuple[Site, SliceManifest], route: routes.Route
+) -> None:
+    site, manifest = participant
+    assert site.call(route).status_code == 204
+    assert hq.services.store.assignment(manifest.id).state == "failed"
+
+
+def test_an_evaluation_can_be_repeated(hq: Headquarters, site: Site) -> None:
+    hq.create_run("evaluated", min_participants=100)
+    for correct in (3, 4):
+        evaluation = Evaluation(
+            run="evaluated", revision=0, num_examples=10, num_correct=correct, loss_sum=2.5
+        )
+        assert site.call(routes.EVALUATION, evaluation).status_code == 204
+    [record] = hq.services.store.evaluations("evaluated")
+    assert record.evaluation.num_correct == 4
+
+
+def test_two_admitted_deltas_make_the_next_round(
+    hq: Headquarters, participants: Participants
+) -> None:
+    (first, one), (second, two) = participants()
+    assert first.send(hq.delta(one)).status_code == 200
+    assert second.send(hq.delta(two)).status_code == 200
+    following = first.work()
+    assert (following.round_number, following.revision.number) == (2, 1)
+    assert status_of(first).rounds_contributed == 1
+
+
+def test_health_tells_of_a_disk_that_takes_no_files(hq: Headquarters) -> None:
+    assert httpx.get(f"{hq.url}/health/live").json()["status"] == "ok"
+    assert httpx.get(f"{hq.url}/health/ready").json()["status"] == "ok"
+    uploads = hq.services.home.uploads
+    aside = uploads.rename(uploads.with_name("aside"))
+    try:
+        answer = httpx.get(f"{hq.url}/health/ready")
+    finally:
+        aside.rename(uploads)
+    assert answer.status_code == 503
+    assert answer.json()["status"] == "unavailable"
+
+
+def test_a_crowd_that_enrols_is_told_to_come_back_later(tmp_path: Path) -> None:
+    config = ServerConfig(max_enrolments_per_minute=1)
+    with headquarters(home_in(tmp_path), config) as running, running.site("one") as site:
+        answer = site.call(routes.ENROL, EnrolRequest(name="two", profile=make_profile()))
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_the_population_has_a_limit(tmp_path: Path) -> None:
+    config = ServerConfig(max_clients=1)
+    with headquarters(home_in(tmp_path), config) as running, running.site("one") as site:
+        answer = site.call(routes.ENROL, EnrolRequest(name="two", profile=make_profile()))
+    assert answer.status_code == 403
+    assert "max_clients" in answer.json()["remedy"]

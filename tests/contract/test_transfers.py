@@ -1,0 +1,280 @@
+"""Bytes down and up: ranges, validators, resumed uploads, and nobody else's data."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from fedra_edge.protocol import routes
+from fedra_edge.protocol.ids import UploadId
+from fedra_edge.protocol.slices import SliceManifest
+from fedra_server.http.uploads import discard_dead_uploads
+from tests.contract.conftest import Participants
+from tests.support.headquarters import Delta, Headquarters, Site
+
+DATA = bytes(range(256)) * 8192
+SIZE = len(DATA)
+
+
+@pytest.fixture(scope="module")
+def sha256(hq: Headquarters) -> str:
+    """The name of two megabytes that the server publishes."""
+    return hq.services.blobs.put_bytes(DATA).sha256
+
+
+def get(site: Site, sha256: str, **headers: str) -> httpx.Response:
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return site.call(routes.BLOB, parts={"sha256": sha256}, headers=sent)
+
+
+def test_a_blob_comes_whole_and_for_ever(site: Site, sha256: str) -> None:
+    answer = get(site, sha256)
+    assert (answer.status_code, answer.content) == (200, DATA)
+    assert answer.headers["ETag"] == f'"{sha256}"'
+    assert answer.headers["Accept-Ranges"] == "bytes"
+    assert answer.headers["Content-Length"] == str(SIZE)
+    assert "immutable" in answer.headers["Cache-Control"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "last"),
+    [
+        ("bytes=0-0", 0, 0),
+        ("bytes=1000000-", 1_000_000, SIZE - 1),
+        ("bytes=-100", SIZE - 100, SIZE - 1),
+        ("bytes=-99999999", 0, SIZE - 1),
+        ("bytes=5-99999999", 5, SIZE - 1),
+        ("bytes=1-1500000", 1, 1_500_000),
+    ],
+)
+def test_a_range_comes_as_asked(
+    site: Site, sha256: str, wanted: str, first: int, last: int
+) -> None:
+    answer = get(site, sha256, Range=wanted)
+    assert (answer.status_code, answer.content) == (206, DATA[first : last + 1])
+    assert answer.headers["Content-Range"] == f"bytes {first}-{last}/{SIZE}"
+    assert answer.headers["Content-Length"] == str(last - first + 1)
+
+
+@pytest.mark.parametrize(
+    "wanted", ["bytes=9-5", "bytes=-", "bytes=0-1,4-5", "lines=1-2", "bytes=x"]
+)
+def test_a_range_without_meaning_is_ignored(site: Site, sha256: str, wanted: str) -> None:
+    assert get(site, sha256, Range=wanted).status_code == 200
+
+
+@pytest.mark.parametrize("wanted", [f"bytes={SIZE}-", "bytes=-0", "bytes=99999999-100000000"])
+def test_a_range_beyond_the_end_is_refused(site: Site, sha256: str, wanted: str) -> None:
+    answer = get(site, sha256, Range=wanted)
+    assert answer.status_code == 416
+    assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
+
+
+def test_what_the_caller_has_is_not_sent_again(site: Site, sha256: str) -> None:
+    for known in (f'"{sha256}"', f'"x", W/"{sha256}"', "*"):
+        answer = get(site, sha256, If_None_Match=known)
+        assert (answer.status_code, answer.content) == (304, b"")
+    assert get(site, sha256, If_None_Match='"x"').status_code == 200
+
+
+def test_a_range_of_something_else_gives_the_whole(site: Site, sha256: str) -> None:
+    assert get(site, sha256, Range="bytes=5-", If_Range=f'"{sha256}"').status_code == 206
+    assert get(site, sha256, Range="bytes=5-", If_Range='"x"').status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0" * 63,
+        "A" * 64,
+        "..",
+        "%2e%2e%2f%2e%2e%2ffedra.sqlite3",
+        "..%5c..%5cserver.toml",
+        "0" * 64,
+    ],
+)
+def test_no_name_reaches_another_file(hq: Headquarters, site: Site, name: str) -> None:
+    answer = site.http.get(f"{hq.url}/v1/blobs/{name}")
+    assert answer.status_code in {404, 422}
+    assert answer.json()["code"] in {"not-found", "malformed-request"}
+
+
+def offset_of(site: Site, upload_id: str) -> httpx.Response:
+    return site.call(routes.UPLOAD_OFFSET, parts={"upload_id": upload_id})
+
+
+def test_an_upload_is_resumed_byte_for_byte(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    assert (upload.offset_bytes, upload.size_bytes) == (0, len(delta.data))
+    for start in (0, 100):
+        data = delta.data[start : start + 100]
+        answer = site.append(upload.upload_id, data, offset=start, complete=False)
+        assert (answer.status_code, answer.headers["Upload-Offset"]) == (204, str(start + 100))
+    again = site.announce(delta)
+    assert (again.upload_id, again.offset_bytes) == (upload.upload_id, 200)
+    told = offset_of(site, upload.upload_id)
+    assert (told.headers["Upload-Offset"], told.headers["Upload-Length"]) == (
+        "200",
+        str(len(delta.data)),
+    )
+    answer = site.append(upload.upload_id, delta.data[200:], offset=200)
+    assert answer.json() == {"assignment_id": work.assignment_id, "status": "admitted"}
+    assert hq.services.home.delta_file(work.id).read_bytes() == delta.data
+
+
+def test_completing_twice_gives_the_same_receipt(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    receipt = site.send(delta)
+    upload = site.announce(delta)
+    assert upload.offset_bytes == len(delta.data)
+    again = site.append(upload.upload_id, b"", offset=len(delta.data))
+    assert (again.status_code, again.json()) == (200, receipt.json())
+
+
+def test_a_wrong_offset_is_answered_with_the_right_one(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    site.append(upload.upload_id, delta.data[:50], complete=False)
+    early = site.append(upload.upload_id, delta.data[:60], complete=False)
+    assert (early.status_code, early.headers["Upload-Offset"]) == (409, "50")
+    unfinished = site.append(upload.upload_id, delta.data[50:70], offset=50, complete=True)
+    assert (unfinished.status_code, unfinished.headers["Upload-Offset"]) == (409, "70")
+    assert site.append(upload.upload_id, delta.data[70:], offset=70).status_code == 200
+
+
+@pytest.mark.parametrize("is_length_known", [True, False])
+def test_more_bytes_than_announced_are_refused(
+    hq: Headquarters, participant: tuple[Site, SliceManifest], is_length_known: bool
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    data = delta.data + b"more"
+    answer = site.append(upload.upload_id, data if is_length_known else iter([data]))
+    assert (answer.status_code, answer.json()["code"]) == (413, "delta-too-large")
+    assert offset_of(site, upload.upload_id).headers["Upload-Offset"] == "0"
+
+
+def test_altered_bytes_may_be_sent_again(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    assert site.append(upload.upload_id, bytes(len(delta.data))).status_code == 422
+    assert site.announce(delta).offset_bytes == 0
+    assert site.append(upload.upload_id, delta.data).status_code == 200
+
+
+def test_announcing_other_bytes_discards_the_first(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    upload = site.announce(Delta.of(b"first attempt", work.assignment_id))
+    site.append(upload.upload_id, b"first", complete=False)
+    assert site.send(hq.delta(work)).status_code == 200
+    assert offset_of(site, upload.upload_id).status_code == 404
+    assert not hq.services.home.upload_part(UploadId(upload.upload_id)).exists()
+
+
+def test_an_upload_is_its_owners_alone(hq: Headquarters, participants: Participants) -> None:
+    (site, work), (other, _) = participants()
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    assert other.call(routes.UPLOAD_CREATE, delta.manifest).status_code == 403
+    assert offset_of(other, upload.upload_id).status_code == 403
+    assert other.append(upload.upload_id, b"", complete=False).status_code == 403
+    assert offset_of(site, "unknown").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Upload-Offset": "-1"}, {"Upload-Offset": "0", "Upload-Complete": "yes"}]
+)
+def test_unclear_headers_are_malformed(
+    hq: Headquarters, participant: tuple[Site, SliceManifest], headers: dict[str, str]
+) -> None:
+    site, work = participant
+    upload = site.announce(hq.delta(work))
+    parts = {"upload_id": upload.upload_id}
+    answer = site.call(routes.UPLOAD_APPEND, parts=parts, headers=headers, content=b"x")
+    assert answer.status_code == 422
+
+
+def test_two_requests_never_write_to_one_upload(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    started, finish = threading.Event(), threading.Event()
+    answers: list[httpx.Response] = []
+
+    def slowly() -> Iterator[bytes]:
+        yield delta.data[:10]
+        started.set()
+        finish.wait(20)
+        yield delta.data[10:]
+
+    def send() -> None:
+        with hq.connection(dict(site.http.headers)) as http:
+            sender = Site(site.client_id, site.credential, http)
+            answers.append(sender.append(upload.upload_id, slowly()))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert started.wait(20)
+    while not hq.services.receiving.is_held(work.id):
+        threading.Event().wait(0.01)
+    rival = site.append(upload.upload_id, delta.data)
+    finish.set()
+    thread.join(20)
+    assert (rival.status_code, rival.json()["code"]) == (409, "offset-mismatch")
+    assert [answer.status_code for answer in answers] == [200]
+
+
+def test_what_arrived_before_a_broken_connection_is_kept(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+
+    def breaking() -> Iterator[bytes]:
+        yield delta.data[:500]
+        raise ConnectionAbortedError
+
+    with hq.connection(dict(site.http.headers)) as http, pytest.raises(ConnectionAbortedError):
+        Site(site.client_id, site.credential, http).append(upload.upload_id, breaking())
+    for _ in range(500):
+        if not hq.services.receiving.is_held(work.id):
+            break
+        threading.Event().wait(0.01)
+    assert site.announce(delta).offset_bytes == 500
+    assert site.append(upload.upload_id, delta.data[500:], offset=500).status_code == 200
+
+
+def test_a_start_discards_what_can_no_longer_be_admitted(
+    hq: Headquarters, participants: Participants
+) -> None:
+    (site, work), (other, others_work) = participants()
+    living = site.announce(hq.delta(work))
+    site.append(living.upload_id, b"begun", complete=False)
+    dead = hq.services.home.upload_part(UploadId("nobodys"))
+    dead.write_bytes(b"left over")
+    other.append(other.announce(hq.delta(others_work)).upload_id, b"begun too", complete=False)
+    discard_dead_uploads(hq.services)
+    assert not dead.exists()
+    assert site.announce(hq.delta(work)).offset_bytes == 5

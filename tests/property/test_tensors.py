@@ -1,0 +1,120 @@
+"""Tensor files: round trips are exact, and no altered file crashes the reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedra_edge.protocol.tensors import (
+    MAX_HEADER_BYTES,
+    MalformedTensorsError,
+    iterate_chunks,
+    read_header,
+    read_tensors,
+    serialize_tensors,
+    sha256_of_file,
+)
+
+
+def stored(directory: str | Path, data: bytes) -> Path:
+    path = Path(directory) / "tensors.safetensors"
+    path.write_bytes(data)
+    return path
+
+
+SAMPLE = serialize_tensors(
+    {
+        "layers.0/q.lora_a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "head/classifier.weight": np.ones((4, 2), dtype=np.float32),
+    }
+)
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 2**32))
+def test_arrays_come_back_bit_for_bit(rows: int, columns: int, seed: int) -> None:
+    array = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    with TemporaryDirectory() as directory:
+        path = stored(directory, serialize_tensors({"b": array, "a": array.T}))
+        again = read_tensors(path)
+        assert again["b"].tobytes() == array.tobytes()
+        assert again["a"].shape == (columns, rows)
+        assert b"".join(iterate_chunks(path)) == path.read_bytes()
+        assert len(sha256_of_file(path)) == 64
+
+
+def test_equal_arrays_give_equal_bytes_whatever_their_order() -> None:
+    first, second = np.zeros(2, dtype=np.float32), np.ones(3, dtype=np.float32)
+    assert serialize_tensors({"x": first, "y": second}) == serialize_tensors(
+        {"y": second, "x": first}
+    )
+
+
+@given(st.integers(0, len(SAMPLE) - 1))
+def test_any_truncation_is_refused(size: int) -> None:
+    with TemporaryDirectory() as directory, pytest.raises(MalformedTensorsError):
+        read_header(stored(directory, SAMPLE[:size]))
+
+
+@given(st.binary(min_size=1, max_size=64))
+def test_any_appendix_is_refused(appendix: bytes) -> None:
+    with TemporaryDirectory() as directory, pytest.raises(MalformedTensorsError):
+        read_header(stored(directory, SAMPLE + appendix))
+
+
+@given(st.integers(0, len(SAMPLE) - 1), st.integers(1, 255))
+def test_a_flipped_byte_is_refused_or_changes_only_what_it_says(place: int, mask: int) -> None:
+    data = bytearray(SAMPLE)
+    data[place] ^= mask
+    with TemporaryDirectory() as directory:
+        path = stored(directory, bytes(data))
+        try:
+            infos = read_header(path)
+        except MalformedTensorsError:
+            return
+        assert sum(info.size_bytes for info in infos.values()) <= len(data)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with TemporaryDirectory() as directory, pytest.raises(MalformedTensorsError):
+        read_header(stored(directory, data))
+
+
+def with_header(header: object, data: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (with_header([]), "not a JSON object"),
+        (with_header(b'{"a":' + json.dumps(ENTRY).encode() + b',"a":{}}', bytes(4)), "repeats"),
+        (with_header({"a": {"dtype": "F32"}}), "lacks"),
+        (with_header({"a": ENTRY | {"dtype": "F99"}}, bytes(4)), "unknown dtype"),
+        (with_header({"a": ENTRY | {"shape": [-1]}}, bytes(4)), "impossible shape"),
+        (with_header({"a": ENTRY | {"shape": [True]}}, bytes(4)), "impossible shape"),
+        (with_header({"a": ENTRY | {"shape": [1] * 9}}, bytes(4)), "impossible shape"),
+        (with_header({"a": ENTRY | {"shape": [2**39, 2**39]}}, bytes(4)), "do not fit its shape"),
+        (with_header({"a": ENTRY | {"data_offsets": [-4, 0]}}, bytes(4)), "do not fit its shape"),
+        (with_header({"a": ENTRY, "b": ENTRY}, bytes(4)), "overlap"),
+        (with_header({"a": ENTRY | {"data_offsets": [4, 8]}}, bytes(8)), "gap"),
+        (with_header({"a": ENTRY}, bytes(5)), "size is not"),
+        (with_header(b"[" * 100_000), "not JSON"),
+        (with_header(b"\xff\xfe"), "not JSON"),
+        ((2**62).to_bytes(8, "little") + b"{}", "shorter than its header"),
+        ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + bytes(MAX_HEADER_BYTES + 1), "over"),
+    ],
+)  # fmt: skip
+def test_header_lies_are_named(tmp_path: Path, data: bytes, reason: str) -> None:
+    with pytest.raises(MalformedTensorsError, match=reason):
+        read_header(stored(tmp_path, data))

@@ -1,0 +1,198 @@
+"""The PyTorch trainer: what a training changes, and that it is repeatable and interruptible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedra_edge.errors import SliceError, TrainingInterrupted
+from fedra_edge.protocol.ids import ModelId
+from fedra_edge.protocol.rounds import EvaluationTask
+from fedra_edge.protocol.slices import TrainingSpec
+from fedra_edge.slicing import whole_model
+from fedra_edge.training import TrainedSlice, WholeModel, load_trainer
+from fedra_edge.training.sampling import draw_batches
+from fedra_edge.training.torch_trainer import TorchTrainer
+from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyVit:
+    return TinyVit.register(tmp_path_factory.mktemp("tiny"))
+
+
+def train(tiny: TinyVit, trained: Iterable[int], **values: object) -> TrainedSlice:
+    return TorchTrainer(CPU).train(
+        tiny.work(trained, **values), noise_data(), lambda *_: None, lambda: False
+    )
+
+
+def whole(tiny: TinyVit) -> WholeModel:
+    task = EvaluationTask(
+        run="run",
+        model_id=ModelId(tiny.spec.model_id),
+        revision=tiny.revision,
+        adapter=ADAPTER,
+    )
+    return whole_model(task, tiny.spec, tiny.files)
+
+
+def plain_gradients(tiny: TinyVit, batch_size: int) -> dict[str, np.ndarray]:
+    """One step of plain SGD with rate 1 and no clipping leaves minus the gradient as delta."""
+    training = TrainingSpec(
+        learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e6, batch_size=12
+    )
+    result = train(tiny, [0, 2], training=training, micro_batch=batch_size)
+    return {name: tiny.adapters[name] - value for name, value in result.adapters.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("depth", ["full", "reduced"])
+def test_training_changes_exactly_the_assigned_adapters_and_the_head(
+    tiny: TinyVit, depth: str, optimizer: str
+) -> None:
+    training = TrainingSpec.model_validate({"optimizer": optimizer, "batch_size": 5})
+    received = {name: value.copy() for name, value in tiny.adapters.items()}
+    files = {path: path.read_bytes() for path in tiny.work([1, 3]).weights.values()}
+    result = train(tiny, [1, 3], depth=depth, training=training, steps=4)
+
+    layer_ids = tuple(tiny.spec.layer_ids[i] for i in (1, 3))
+    shapes = tiny.spec.delta_shapes(ADAPTER, layer_ids)
+    assert {name: value.shape for name, value in result.adapters.items()} == shapes
+    assert all(value.dtype == np.float32 for value in result.adapters.values())
+    for name, value in result.adapters.items():
+        assert (value != tiny.adapters[name]).any(), name
+    for name, value in tiny.adapters.items():
+        np.testing.assert_array_equal(value, received[name])
+    assert files == {path: path.read_bytes() for path in files}
+
+
+def test_training_lowers_the_loss_and_reports_it(tiny: TinyVit) -> None:
+    seen: list[tuple[int, int, float]] = []
+    training = TrainingSpec(batch_size=12, learning_rate=0.05)
+    work = tiny.work([0, 1, 2, 3], training=training, steps=20)
+    result = TorchTrainer(CPU).train(
+        work, noise_data(), lambda *step: seen.append(step), lambda: False
+    )
+    assert [step[:2] for step in seen] == [(done, 20) for done in range(1, 21)]
+    assert (result.first_loss, result.last_loss) == (seen[0][2], seen[-1][2])
+    assert result.last_loss < 0.5 * result.first_loss
+    assert (result.steps, result.num_examples) == (20, 12)
+    assert result.train_s > 0
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 7])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(tiny: TinyVit, micro_batch: int) -> None:
+    whole_batch, in_parts = plain_gradients(tiny, 12), plain_gradients(tiny, micro_batch)
+    for name, gradient in whole_batch.items():
+        np.testing.assert_allclose(in_parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_seed_trains_the_same_and_another_seed_does_not(tiny: TinyVit) -> None:
+    first, again, other = (train(tiny, [2], steps=3, seed=seed).adapters for seed in (5, 5, 6))
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+    assert any((other[name] != value).any() for name, value in first.items())
+
+
+def test_training_does_not_touch_global_randomness(tiny: TinyVit) -> None:
+    before = torch.get_rng_state()
+    train(tiny, [1], steps=2)
+    TorchTrainer(CPU).calibrate(tiny.spec)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_gradient_is_clipped(tiny: TinyVit) -> None:
+    training = TrainingSpec(
+        learning_rate=1.0, momentum=0.0, weight_decay=0.0, clip_norm=1e-3, batch_size=6
+    )
+    result = train(tiny, [0], training=training)
+    moved = [value - tiny.adapters[name] for name, value in result.adapters.items()]
+    norm = np.sqrt(sum(float(np.square(part).sum()) for part in moved))
+    assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_training_stops_between_steps(tiny: TinyVit) -> None:
+    steps: list[int] = []
+    with pytest.raises(TrainingInterrupted):
+        TorchTrainer(CPU).train(
+            tiny.work([0], steps=50),
+            noise_data(),
+            lambda done, *_: steps.append(done),
+            lambda: len(steps) == 2,
+        )
+    assert steps == [1, 2]
+
+
+def test_a_diverged_training_is_an_error(tiny: TinyVit) -> None:
+    work = tiny.work([0])
+    huge = {name: np.float32(1e30) * value for name, value in work.adapters.items()}
+    with pytest.raises(SliceError, match="diverged"):
+        TorchTrainer(CPU).train(
+            replace(work, adapters=huge), noise_data(), lambda *_: None, lambda: False
+        )
+
+
+def test_streamed_slices_are_refused_for_now(tiny: TinyVit) -> None:
+    with pytest.raises(SliceError, match="stream"):
+        train(tiny, [0], residency="streamed")
+
+
+def test_evaluation_counts_as_the_plain_model_does(tiny: TinyVit) -> None:
+    data = noise_data(60)
+    counts = TorchTrainer(CPU).evaluate(whole(tiny), data, lambda: False)
+    images, label_ids = data.batch(data.held_out_indices, tiny.spec.input)
+    with torch.no_grad():
+        logits = tiny.reference(range(4))(torch.from_numpy(images)).logits
+    labels = torch.from_numpy(label_ids)
+    assert counts.num_examples == len(data.held_out_indices) == 20
+    assert counts.num_correct == int((logits.argmax(1) == labels).sum())
+    expected = F.cross_entropy(logits, labels, reduction="sum").item()
+    assert counts.loss_sum == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_in_chunks_counts_the_same(
+    tiny: TinyVit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = noise_data(60)
+    at_once = TorchTrainer(CPU).evaluate(whole(tiny), data, lambda: False)
+    boundary_bytes = tiny.spec.layers[0].cost.boundary_bytes
+    module = "fedra_edge.training.torch_evaluation"
+    monkeypatch.setattr(f"{module}._BOUNDARY_BUDGET_BYTES", 7 * boundary_bytes)
+    monkeypatch.setattr(f"{module}._MICRO_BATCH_BUDGET_BYTES", 3 * boundary_bytes)
+    in_chunks = TorchTrainer(CPU).evaluate(whole(tiny), data, lambda: False)
+    assert in_chunks.num_correct == at_once.num_correct
+    assert in_chunks.loss_sum == pytest.approx(at_once.loss_sum, rel=1e-6)
+
+
+def test_evaluation_stops_when_asked(tiny: TinyVit) -> None:
+    with pytest.raises(TrainingInterrupted):
+        TorchTrainer(CPU).evaluate(whole(tiny), noise_data(), lambda: True)
+
+
+def test_calibration_times_one_block(tiny: TinyVit) -> None:
+    trainer = load_trainer()
+    assert trainer.backend == "torch"
+    timing = trainer.calibrate(tiny.spec)
+    assert 0 < timing.forward_s < 1
+    assert 0 < timing.backward_s < 1
+
+
+def test_each_epoch_draws_every_example_once() -> None:
+    batches = list(draw_batches(range(10), batch_size=4, steps=6, seed=1))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(10))
+    assert np.concatenate(batches[:3]).tolist() != np.concatenate(batches[3:]).tolist()
+
+
+def test_no_example_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no example"):
+        next(draw_batches([], batch_size=4, steps=1, seed=1))

@@ -1,0 +1,143 @@
+"""Planning: machines get work that fits, by memory and by time, and plans can be repeated."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.ids import ClientId
+from fedra_server.fitting import Unfit, Work, fit_work, peak_bytes
+from fedra_server.planning import Candidate, plan_round, round_generator
+from fedra_server.runs import DepthPolicy
+from tests.support.builders import make_model_spec, make_profile, make_run_spec
+
+SPEC = make_model_spec(num_layers=6)
+BASELINE = 10**8
+
+
+def calibration(seconds: float = 0.0001, examples: int = 256) -> Calibration:
+    return Calibration(
+        model_id=SPEC.model_id,
+        forward_s=seconds,
+        backward_s=2 * seconds,
+        train_examples=examples,
+        held_out_examples=10,
+    )
+
+
+def need(held: int, examples: int) -> int:
+    """The memory that training ``held`` layers takes on the test machine."""
+    profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE)
+    return peak_bytes(profile, SPEC, make_run_spec(), held=held, trained=held, examples=examples)
+
+
+def fit(memory_bytes: int, depth: DepthPolicy = "auto", **overrides: float) -> Work | Unfit:
+    profile = make_profile(memory_bytes=memory_bytes, baseline_bytes=BASELINE)
+    return fit_work(profile, calibration(**overrides), SPEC, make_run_spec(depth=depth))  # type: ignore[arg-type] # float covers int
+
+
+def test_ample_memory_gives_all_layers_at_full_depth_and_the_whole_batch() -> None:
+    work = fit(2**40)
+    assert isinstance(work, Work)
+    assert (work.depth, work.num_layers, work.micro_batch) == ("full", 6, 128)
+    assert work.steps == 2
+
+
+def test_less_memory_shrinks_the_micro_batch_before_the_depth() -> None:
+    work = fit(need(held=6, examples=128) - 1)
+    assert isinstance(work, Work)
+    assert (work.depth, work.num_layers, work.micro_batch) == ("full", 6, 64)
+
+
+def test_too_little_memory_for_all_layers_gives_reduced_depth() -> None:
+    work = fit(need(held=6, examples=1) - 1)
+    assert isinstance(work, Work)
+    assert work.depth == "reduced"
+    assert work.num_layers == 5
+
+
+def test_a_machine_too_small_for_one_layer_is_told_what_it_lacks() -> None:
+    unfit = fit(BASELINE)
+    assert isinstance(unfit, Unfit)
+    assert "a single layer needs" in unfit.reason
+
+
+def test_a_policy_of_full_depth_does_not_fall_back() -> None:
+    unfit = fit(need(held=6, examples=1) - 1, depth="full")
+    assert isinstance(unfit, Unfit)
+    assert "all 6 layers" in unfit.reason
+
+
+@given(st.integers(0, 2 * need(held=6, examples=128)), st.sampled_from(["auto", "full", "reduced"]))
+def test_work_never_exceeds_the_memory(memory_bytes: int, depth: DepthPolicy) -> None:
+    work = fit(memory_bytes, depth)
+    if isinstance(work, Work):
+        assert work.predicted_peak_bytes <= memory_bytes
+        assert 1 <= work.num_layers <= 6
+        assert 1 <= work.micro_batch <= 128
+
+
+def test_a_short_deadline_means_fewer_steps() -> None:
+    """600 s of deadline, 115 s a step of six layers: three steps fit 70 % of it."""
+    work = fit(2**40, seconds=0.05, examples=1280)
+    assert isinstance(work, Work)
+    assert (work.depth, work.steps) == ("full", 3)
+
+
+def test_a_machine_too_slow_for_full_depth_gets_fewer_layers() -> None:
+    """A layer takes 192 s a step: two of them fit, six do not."""
+    work = fit(2**40, seconds=0.5)
+    assert isinstance(work, Work)
+    assert (work.depth, work.num_layers, work.steps) == ("reduced", 2, 1)
+
+
+def test_a_machine_too_slow_for_one_layer_is_left_out() -> None:
+    assert isinstance(fit(2**40, seconds=5.0), Unfit)
+
+
+def test_a_sites_own_cap_counts() -> None:
+    profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE, max_layers=3)
+    work = fit_work(profile, calibration(), SPEC, make_run_spec(max_layers=4))
+    assert isinstance(work, Work)
+    assert (work.depth, work.num_layers) == ("full", 3)
+
+
+def candidates(memories: list[int]) -> list[Candidate]:
+    return [
+        Candidate(
+            ClientId(f"client-{index}"),
+            make_profile(memory_bytes=memory, baseline_bytes=BASELINE, max_layers=index + 1),
+            calibration(),
+        )
+        for index, memory in enumerate(memories)
+    ]
+
+
+def test_a_plan_gives_every_fitting_machine_a_slice_and_can_be_repeated() -> None:
+    run = make_run_spec()
+    reduced = need(held=6, examples=1) - 1
+    present = candidates([2**40, 2**40, 2**40, reduced, BASELINE])
+    plan = plan_round(present, SPEC, run, [0] * 6, round_generator(run, 1, 0))
+    again = plan_round(present[::-1], SPEC, run, [0] * 6, round_generator(run, 1, 0))
+    assert plan == again
+    assert [planned.client_id for planned in plan] == [f"client-{index}" for index in range(4)]
+    for index, planned in enumerate(plan):
+        trained = [layer for layer in planned.layers if layer.role == "train"]
+        assert len(trained) == index + 1
+        assert planned.chance == pytest.approx((index + 1) / 6)
+        assert len(planned.layers) == (6 if planned.work.depth == "full" else index + 1)
+    assert plan[3].work.depth == "reduced"
+    covered = {item.layer_id for planned in plan for item in planned.layers if item.role == "train"}
+    assert covered == set(range(6))
+
+
+def test_another_round_or_draw_is_another_plan() -> None:
+    run = make_run_spec()
+    present = candidates([2**40] * 4)
+    plans = [
+        plan_round(present, SPEC, run, [0] * 6, round_generator(run, number, draw))
+        for number, draw in ((1, 0), (2, 0), (1, 1))
+    ]
+    assert plans[0] != plans[1] != plans[2] != plans[0]
