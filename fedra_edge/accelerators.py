@@ -15,15 +15,17 @@ LOGGER: Final = logging.getLogger(__name__)
 class MemoryState(Protocol):
     """Memory of one GPU, in bytes."""
 
-    total: int
-    free: int
+    @property
+    def total(self) -> int: ...  # noqa: D102
+    @property
+    def free(self) -> int: ...  # noqa: D102
 
 
 class DriverLibrary(Protocol):
     """The part of ``pynvml`` (package nvidia-ml-py) that we ask."""
 
-    NVMLError: type[Exception]
-
+    @property
+    def NVMLError(self) -> type[Exception]: ...  # noqa: D102, N802
     def nvmlInit(self) -> object: ...  # noqa: D102, N802
     def nvmlShutdown(self) -> object: ...  # noqa: D102, N802
     def nvmlDeviceGetCount(self) -> int: ...  # noqa: D102, N802

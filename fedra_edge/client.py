@@ -11,7 +11,7 @@ from typing import Final, Literal, Self, TypedDict, Unpack
 import httpx
 
 from fedra_edge.api import ServerApi
-from fedra_edge.config import EdgeConfig, load_config
+from fedra_edge.config import EdgeConfig, SiteConfig, load_config
 from fedra_edge.control import Control
 from fedra_edge.data.dataset import LocalDataset
 from fedra_edge.data.opening import open_dataset
@@ -229,7 +229,7 @@ def join(
     return client.start()
 
 
-def site_caps(config: EdgeConfig) -> SiteCaps:
+def site_caps(config: SiteConfig) -> SiteCaps:
     """Give the limits that the site itself sets."""
     return SiteCaps(
         memory_bytes=config.memory_bytes,
@@ -239,7 +239,7 @@ def site_caps(config: EdgeConfig) -> SiteCaps:
     )
 
 
-def load_configured_trainer(config: EdgeConfig) -> Trainer:
+def load_configured_trainer(config: SiteConfig) -> Trainer:
     """Load the training runtime that the settings name, with their number of threads.
 
     Raises:

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -68,12 +68,13 @@ def _check_url(url: str) -> str:
     return url.strip().rstrip("/")
 
 
+Config = TypeVar("Config", bound=BaseSettings)
 SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
 ServerUrl = Annotated[str, AfterValidator(_check_url)]
 
 
-class EdgeConfig(BaseSettings):
-    """The settings of one client; every field can come from ``FEDRA_EDGE_<FIELD>``.
+class SiteConfig(BaseSettings):
+    """What holds for a machine whatever the server; every field can be ``FEDRA_EDGE_<FIELD>``.
 
     ``memory_bytes`` caps what the whole process may occupy, ``max_layers`` the layers trained
     in a round, ``disk_quota_bytes`` the cache of model weights below ``home``.
@@ -83,23 +84,28 @@ class EdgeConfig(BaseSettings):
         env_prefix="FEDRA_EDGE_", env_ignore_empty=True, frozen=True, extra="forbid"
     )
 
-    server: ServerUrl
-    data: Path | None = None
     home: Path = Field(default_factory=default_home)
-    name: SiteName = Field(default_factory=default_name)
-    run: RunName | None = None
     memory_bytes: SizeBytes | None = None
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     disk_quota_bytes: SizeBytes = 10 * 10**9
     backend: Literal["auto", "torch"] = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
-    poll_s: Annotated[float, Field(ge=0, le=MAX_POLL_S)] = 25.0
-    heartbeat_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
 
     @property
     def blobs(self) -> Path:
         """Where downloaded weights are kept, shared by all servers of this home."""
         return self.home / "blobs"
+
+
+class EdgeConfig(SiteConfig):
+    """The settings of one client: a machine's, and what it does on one server."""
+
+    server: ServerUrl
+    data: Path | None = None
+    name: SiteName = Field(default_factory=default_name)
+    run: RunName | None = None
+    poll_s: Annotated[float, Field(ge=0, le=MAX_POLL_S)] = 25.0
+    heartbeat_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
 
     @property
     def membership(self) -> Path:
@@ -118,9 +124,22 @@ def load_config(options: Mapping[str, object]) -> EdgeConfig:
     Raises:
         ConfigurationError: Something is missing, unknown or out of range.
     """
+    return _load(EdgeConfig, options)
+
+
+def load_site_config(options: Mapping[str, object]) -> SiteConfig:
+    """Do the same for what needs no server.
+
+    Raises:
+        ConfigurationError: Something is unknown or out of range.
+    """
+    return _load(SiteConfig, options)
+
+
+def _load(kind: type[Config], options: Mapping[str, object]) -> Config:
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        return EdgeConfig.model_validate(given)
+        return kind.model_validate(given)
     except ValidationError as error:
         raise ConfigurationError(
             "; ".join(_explain(dict(item)) for item in error.errors(include_url=False)),
@@ -131,7 +150,8 @@ def load_config(options: Mapping[str, object]) -> EdgeConfig:
 def _explain(item: Mapping[str, object]) -> str:
     location = item.get("loc")
     field = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
-    return f"{field or 'settings'}: {item.get('msg')}"
+    reason = "is not given" if item.get("type") == "missing" else item.get("msg")
+    return f"{field or 'settings'}: {reason}"
 
 
 def _folder_name(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,15 @@ class Identity:
 
     client_id: ClientId
     credential: str = field(repr=False)
+
+
+def known_servers(home: Path) -> list[str]:
+    """List the servers on which this home has an identity."""
+    servers = []
+    for path in sorted((home / "servers").glob(f"*/{FILE_NAME}")):
+        with contextlib.suppress(OSError, ValidationError):
+            servers.append(_StoredIdentity.model_validate_json(path.read_bytes()).server)
+    return servers
 
 
 class IdentityFile:

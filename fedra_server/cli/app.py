@@ -74,7 +74,7 @@ def serve(
     )
     from fedra_server.http import serving
 
-    serving.serve(place, config)
+    raise typer.Exit(serving.serve(place, config))
 
 
 @app.command(epilog=example("export --run digits --out digits-adapter"))
@@ -95,7 +95,7 @@ def export(
         manifest = place.store.revision(run, revision).manifest
         spec = place.store.model(record.model_id).spec
         with disk_errors(f"exporting to {out}"):
-            export_revision(spec, record.spec, manifest, place.blobs, out)
+            export_revision(spec, record.spec.adapter, manifest, place.blobs, out)
     if as_json:
         tell_json({"run": run, "revision": manifest.number, "out": str(out.absolute())})
     else:

@@ -10,7 +10,8 @@ from typing import Final
 import typer
 from pydantic import BaseModel, JsonValue
 
-_UNITS: Final = ("B", "KB", "MB", "GB", "TB")
+_UNITS: Final = ("KB", "MB", "GB")
+_STEP: Final = 1000
 
 
 def tell_json(value: JsonValue | BaseModel) -> None:
@@ -36,12 +37,14 @@ def tell_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, empt
 
 def format_bytes(size_bytes: int) -> str:
     """Write a number of bytes for people, in powers of 1000."""
-    amount = float(size_bytes)
-    for unit in _UNITS[:-1]:
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} {_UNITS[-1]}"
+    if size_bytes < _STEP:
+        return f"{size_bytes} B"
+    amount = size_bytes / _STEP
+    for unit in _UNITS:
+        if amount < _STEP:
+            return f"{amount:.1f} {unit}"
+        amount /= _STEP
+    return f"{amount:.1f} TB"
 
 
 def format_time(moment: float) -> str:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server.http import assignments, blobs, clients, evaluations, health, models, uploads
-from fedra_server.http.limits import BodyLimit, ProtocolStamp
+from fedra_server.http.limits import BodyLimit, LingeringClose, ProtocolStamp
 from fedra_server.http.mounting import complete_document
 from fedra_server.http.problems import install_problems
 from fedra_server.http.services import Services
@@ -46,6 +46,7 @@ def create_app(services: Services) -> FastAPI:
     install_problems(app)
     app.add_middleware(BodyLimit, max_bytes=services.config.max_request_bytes)
     app.add_middleware(ProtocolStamp)
+    app.add_middleware(LingeringClose)
     for module in (health, clients, assignments, models, blobs, uploads, evaluations):
         app.include_router(module.router)
     return app

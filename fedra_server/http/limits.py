@@ -1,7 +1,9 @@
-"""Refuses request bodies that are too large before they are read, and states our protocol."""
+"""What holds for every request: bodies are limited, early refusals arrive, versions are told."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,6 +15,7 @@ from fedra_edge.protocol.routes import UPLOAD_APPEND
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.http.problems import ANSWERS, problem_response
 
+_LINGER_S: Final = 10.0
 _UPLOADS: Final = UPLOAD_APPEND.fill(upload_id="")
 
 
@@ -30,9 +33,7 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if not announced.isascii() or not announced.isdigit() or int(announced) > self._max_bytes:
-            refusal = problem_response(
-                ProblemCode.REQUEST_TOO_LARGE, self._detail, headers={"Connection": "close"}
-            )
+            refusal = problem_response(ProblemCode.REQUEST_TOO_LARGE, self._detail)
             await refusal(scope, receive, send)
             return
         await self._app(scope, self._counting(receive), send)
@@ -54,10 +55,62 @@ class BodyLimit:
             received_bytes += len(message.get("body", b""))
             if received_bytes > self._max_bytes:
                 status = ANSWERS[ProblemCode.REQUEST_TOO_LARGE].status
-                raise HTTPException(status, self._detail, headers={"Connection": "close"})
+                raise HTTPException(status, self._detail)
             return message
 
         return receive_counted
+
+
+class LingeringClose:
+    """Makes sure that a refusal sent while the body is still arriving is read by the sender.
+
+    Closing a socket with unread bytes resets the connection, and a reset destroys the answer on
+    its way. So the answer goes out at once, and what still arrives is thrown away for a while.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; after its answer, read the rest of its body."""
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        has_body = "content-length" in headers or "transfer-encoding" in headers
+        if not has_body or "expect" in headers:
+            await self._app(scope, receive, send)
+            return
+        body = _WatchedBody(receive)
+
+        async def send_then_drain(message: Message) -> None:
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            if not is_last or body.is_over:
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            await body.drain()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self._app(scope, body.receive, send_then_drain)
+
+
+class _WatchedBody:
+    """A request's body that knows whether it has been read to its end."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.is_over = False
+
+    async def receive(self) -> Message:
+        """Give the next piece."""
+        message = await self._receive()
+        self.is_over = message["type"] != "http.request" or not message.get("more_body")
+        return message
+
+    async def drain(self) -> None:
+        """Throw the rest away, for a limited time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self.is_over:
+                    await self.receive()
 
 
 class ProtocolStamp:

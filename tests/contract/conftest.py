@@ -39,7 +39,7 @@ def participants(hq: Headquarters) -> Iterator[Participants]:
 
         def open_round() -> list[tuple[Site, SliceManifest]]:
             run = f"run-{next(_NAMES)}"
-            hq.create_run(run, rounds=2, min_participants=2)
+            stack.enter_context(hq.run(run, rounds=2, min_participants=2))
             sites = [stack.enter_context(hq.site(f"{run} {i}", run)) for i in range(2)]
             return [(enrolled, enrolled.work()) for enrolled in sites]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from fedra_edge.protocol.ids import UploadId
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_server.http.uploads import discard_dead_uploads
 from tests.contract.conftest import Participants
-from tests.support.headquarters import Delta, Headquarters, Site
+from tests.support.headquarters import Delta, Headquarters, Site, connection
 
 DATA = bytes(range(256)) * 8192
 SIZE = len(DATA)
@@ -100,6 +101,13 @@ def test_no_name_reaches_another_file(hq: Headquarters, site: Site, name: str) -
     answer = site.http.get(f"{hq.url}/v1/blobs/{name}")
     assert answer.status_code in {404, 422}
     assert answer.json()["code"] in {"not-found", "malformed-request"}
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
 
 
 def offset_of(site: Site, upload_id: str) -> httpx.Response:
@@ -229,15 +237,14 @@ def test_two_requests_never_write_to_one_upload(
         yield delta.data[10:]
 
     def send() -> None:
-        with hq.connection(dict(site.http.headers)) as http:
+        with connection(hq.url, site.http.headers) as http:
             sender = Site(site.client_id, site.credential, http)
             answers.append(sender.append(upload.upload_id, slowly()))
 
     thread = threading.Thread(target=send)
     thread.start()
     assert started.wait(20)
-    while not hq.services.receiving.is_held(work.id):
-        threading.Event().wait(0.01)
+    wait_until(lambda: hq.services.receiving.is_held(work.id))
     rival = site.append(upload.upload_id, delta.data)
     finish.set()
     thread.join(20)
@@ -256,13 +263,10 @@ def test_what_arrived_before_a_broken_connection_is_kept(
         yield delta.data[:500]
         raise ConnectionAbortedError
 
-    with hq.connection(dict(site.http.headers)) as http, pytest.raises(ConnectionAbortedError):
+    with connection(hq.url, site.http.headers) as http, pytest.raises(ConnectionAbortedError):
         Site(site.client_id, site.credential, http).append(upload.upload_id, breaking())
-    for _ in range(500):
-        if not hq.services.receiving.is_held(work.id):
-            break
-        threading.Event().wait(0.01)
-    assert site.announce(delta).offset_bytes == 500
+    wait_until(lambda: site.announce(delta).offset_bytes == 500)
+    wait_until(lambda: not hq.services.receiving.is_held(work.id))
     assert site.append(upload.upload_id, delta.data[500:], offset=500).status_code == 200
 
 

@@ -24,12 +24,14 @@ from fedra_edge.protocol.routes import Route
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
+from fedra_server.clock import SystemClock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.http.services import Services, free_disk_bytes
 from fedra_server.http.serving import GracefulServer, build_services, listen, url_of
 from fedra_server.publishing import initial_revision
 from fedra_server.runs import RunState
 from fedra_server.storage.records import RunRecord
+from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.store import Store
 from tests.support.builders import make_model_spec, make_profile, make_run_spec
 
@@ -135,62 +137,100 @@ class Headquarters:
     spec: ModelSpec
 
     @contextmanager
-    def connection(self, headers: Mapping[str, str]) -> Iterator[httpx.Client]:
-        """Open a connection of its own to the server."""
-        with httpx.Client(base_url=self.url, headers=dict(headers), timeout=_TIMEOUT_S) as http:
-            yield http
-
-    @contextmanager
     def site(self, name: str, run: str | None = None, *, calibrated: bool = True) -> Iterator[Site]:
         """Enrol a client over HTTP; it leaves at the end."""
-        with self.connection(PROTOCOL) as http:
-            profile = make_profile(memory_bytes=2**40, baseline_bytes=10**8)
-            stranger = Site("", "", http)
-            answer = stranger.call(routes.ENROL, EnrolRequest(name=name, profile=profile, run=run))
-            assert answer.status_code == 201, answer.text
-            receipt = EnrolReceipt.model_validate_json(answer.content)
-            http.headers["Authorization"] = f"Bearer {receipt.credential}"
-            site = Site(receipt.client_id, receipt.credential, http)
+        with connection(self.url) as http:
+            site = enrol(http, name, run)
             if calibrated:
-                answer = site.call(routes.CALIBRATE, calibration_of(self.spec))
-                assert answer.status_code == 204, answer.text
+                calibrate(site, self.spec)
             yield site
             site.call(routes.LEAVE)
 
-    def create_run(self, name: str, **options: object) -> RunRecord:
-        """Create a run and start it."""
+    @contextmanager
+    def run(self, name: str, **options: object) -> Iterator[RunRecord]:
+        """Create a run and start it; it is stopped at the end."""
         services = self.services
-        run_spec = make_run_spec(**options)
-        now = services.clock.now()
-        record = RunRecord(RunId(name), self.spec.model_id, run_spec, RunState.CREATED, now)
-        revision = initial_revision(self.spec, record.run, run_spec, services.blobs, now)
-        services.store.add_run(record, revision)
-        services.store.set_run_state(record.run, RunState.RUNNING, allowed_from={RunState.CREATED})
+        record = create_run(services.store, services.blobs, self.spec, name, **options)
         services.coordinator.wake()
-        return record
+        yield record
+        self.set_state(record.run, RunState.STOPPED)
 
-    def delta_tensors(self, manifest: SliceManifest) -> dict[str, FloatArray]:
-        """Make the tensors of an honest delta."""
-        shapes = self.spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
-        generator = np.random.default_rng(7)
-        return {
-            name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
-        }
+    def set_state(self, run: str, state: RunState) -> None:
+        """Do what the operator's commands do."""
+        self.services.store.set_run_state(run, state, allowed_from=set(RunState))
+        self.services.coordinator.wake()
 
     def delta(self, manifest: SliceManifest) -> Delta:
         """Make an honest delta."""
-        return Delta.of(serialize_tensors(self.delta_tensors(manifest)), manifest.assignment_id)
+        return honest_delta(self.spec, manifest)
 
 
-def calibration_of(spec: ModelSpec) -> Calibration:
-    """Make the calibration of a quick machine."""
-    return Calibration(
+@contextmanager
+def connection(url: str, headers: Mapping[str, str] = PROTOCOL) -> Iterator[httpx.Client]:
+    """Open a connection of its own to a server."""
+    with httpx.Client(base_url=url, headers=dict(headers), timeout=_TIMEOUT_S) as http:
+        yield http
+
+
+def enrol(http: httpx.Client, name: str, run: str | None = None) -> Site:
+    """Become a client; the connection carries the credential from then on."""
+    profile = make_profile(memory_bytes=2**40, baseline_bytes=10**8)
+    request = EnrolRequest(name=name, profile=profile, run=run)
+    answer = Site("", "", http).call(routes.ENROL, request)
+    assert answer.status_code == 201, answer.text
+    receipt = EnrolReceipt.model_validate_json(answer.content)
+    http.headers["Authorization"] = f"Bearer {receipt.credential}"
+    return Site(receipt.client_id, receipt.credential, http)
+
+
+def calibrate(site: Site, spec: ModelSpec) -> None:
+    """Report a quick machine."""
+    calibration = Calibration(
         model_id=spec.model_id,
         forward_s=1e-5,
         backward_s=2e-5,
         train_examples=100,
         held_out_examples=10,
     )
+    answer = site.call(routes.CALIBRATE, calibration)
+    assert answer.status_code == 204, answer.text
+
+
+def delta_tensors(spec: ModelSpec, manifest: SliceManifest) -> dict[str, FloatArray]:
+    """Make the tensors of an honest delta."""
+    shapes = spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
+    generator = np.random.default_rng(7)
+    return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def honest_delta(spec: ModelSpec, manifest: SliceManifest) -> Delta:
+    """Make a delta that must be admitted."""
+    return Delta.of(serialize_tensors(delta_tensors(spec, manifest)), manifest.assignment_id)
+
+
+def register_model(store: Store, blobs: BlobStore) -> ModelSpec:
+    """Register a tiny model whose head is a real blob."""
+    spec = make_model_spec(num_layers=4)
+    generator = np.random.default_rng(3)
+    head = {
+        name: generator.normal(size=shape).astype(np.float32)
+        for name, shape in spec.head_parameters.items()
+    }
+    blob = blobs.put_bytes(serialize_tensors(head))
+    spec = spec.model_copy(update={"head": spec.head.model_copy(update={"weights": blob})})
+    store.add_model(spec, SystemClock().now())
+    return spec
+
+
+def create_run(
+    store: Store, blobs: BlobStore, spec: ModelSpec, name: str, **options: object
+) -> RunRecord:
+    """Create a run and set it going."""
+    run_spec = make_run_spec(**options)
+    now = SystemClock().now()
+    record = RunRecord(RunId(name), spec.model_id, run_spec, RunState.RUNNING, now)
+    store.add_run(record, initial_revision(spec, record.run, run_spec, blobs, now))
+    return record
 
 
 @contextmanager
@@ -204,7 +244,7 @@ def headquarters(
         store = Store.open(home.path)
         stack.callback(store.close)
         services = replace(build_services(home, config, store), free_bytes=free_bytes)
-        spec = _register_model(services)
+        spec = register_model(services.store, services.blobs)
         services.coordinator.start()
         stack.callback(services.coordinator.stop)
         ready = threading.Event()
@@ -220,17 +260,3 @@ def headquarters(
 def home_in(directory: Path) -> ServerHome:
     """Name a server's home below a test's directory."""
     return ServerHome(directory / "server")
-
-
-def _register_model(services: Services) -> ModelSpec:
-    """Register a tiny model whose pieces are real blobs."""
-    spec = make_model_spec(num_layers=4)
-    generator = np.random.default_rng(3)
-    head = {
-        name: generator.normal(size=shape).astype(np.float32)
-        for name, shape in spec.head_parameters.items()
-    }
-    blob = services.blobs.put_bytes(serialize_tensors(head))
-    spec = spec.model_copy(update={"head": spec.head.model_copy(update={"weights": blob})})
-    services.store.add_model(spec, services.clock.now())
-    return spec

@@ -48,7 +48,7 @@ def build_vit(num_layers: int = NUM_LAYERS, **settings: Any) -> ViTForImageClass
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return ViTForImageClassification(config).eval()
+        return ViTForImageClassification(config)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ class TinyVit:
                 if (key := TensorKey.parse(name)).piece == HEAD or key.layer_id in positions:
                     parameter = reference_parameter(model, key, positions)
                     parameter.copy_(torch.tensor(value))
-        return model.requires_grad_(requires_grad=True).eval()
+        for parameter in model.parameters():
+            parameter.requires_grad = True
+        return model
 
 
 def reference_parameter(

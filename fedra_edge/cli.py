@@ -1,0 +1,301 @@
+"""The command line of fedra-edge; every command is a few calls of the library."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import signal
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+
+import typer
+
+from fedra_edge.api import ServerApi
+from fedra_edge.config import EdgeConfig, load_config, load_site_config
+from fedra_edge.console import Output
+from fedra_edge.errors import ConfigurationError, FedraEdgeError, NotAuthenticatedError
+from fedra_edge.exit_codes import EXIT_CODES_HELP, exit_code_of
+from fedra_edge.home_lock import home_lock
+from fedra_edge.identity import Identity, IdentityFile, known_servers
+from fedra_edge.outbox import Outbox
+from fedra_edge.profiling import measure_device
+from fedra_edge.protocol.version import PROTOCOL_VERSION
+from fedra_edge.retrying import FEW_TIMES, Retrier
+from fedra_edge.transport import Transport, open_http_client
+
+if TYPE_CHECKING:
+    from fedra_edge.client import EdgeClient
+
+_LOOK_S: Final = 0.2
+_STOP_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGBREAK")
+
+app = typer.Typer(
+    name="fedra-edge",
+    help="Tune one foundation model together with other sites; your data stays here.",
+    epilog=EXIT_CODES_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Server = Annotated[
+    str | None, typer.Option(help="The server's address.", envvar="FEDRA_EDGE_SERVER")
+]
+Home = Annotated[
+    Path | None,
+    typer.Option(help="Where identity, weights and outbox are kept.", envvar="FEDRA_EDGE_HOME"),
+]
+Memory = Annotated[
+    str | None, typer.Option(help="The most memory the client may occupy, e.g. 512MB.")
+]
+MaxLayers = Annotated[int | None, typer.Option(help="The most layers to train in a round.")]
+Backend = Annotated[str | None, typer.Option(help="The training runtime: auto or torch.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more to standard error.")]
+
+
+@app.command(
+    epilog=f"Example: fedra-edge join --server https://plant.example --data images. "
+    f"{EXIT_CODES_HELP}"
+)
+def join(
+    server: Server = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A directory with one directory of images per class, or a CSV file."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="This site's name; else the host's.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Take part in this run only, and exit when it is over.")
+    ] = None,
+    home: Home = None,
+    memory: Memory = None,
+    max_layers: MaxLayers = None,
+    backend: Backend = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads to train with.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Take part until told to stop (Ctrl-C), through lost connections and server restarts."""
+    output = Output(as_json=as_json)
+    _configure_logging(is_verbose=verbose)
+    with _reported(output, is_verbose=verbose):
+        from fedra_edge.client import EdgeClient
+
+        config = load_config(
+            {
+                "server": server,
+                "data": data,
+                "name": name,
+                "run": run,
+                "home": home,
+                "memory_bytes": memory,
+                "max_layers": max_layers,
+                "backend": backend,
+                "threads": threads,
+            }
+        )
+        _run_until_told(EdgeClient(config, on_progress=output.progress()))
+
+
+@app.command(epilog="Example: fedra-edge profile --server https://plant.example --json")
+def profile(
+    server: Server = None,
+    home: Home = None,
+    memory: Memory = None,
+    max_layers: MaxLayers = None,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine would tell a server, and with --server whether it answers."""
+    output = Output(as_json=as_json)
+    with _reported(output):
+        from fedra_edge.client import load_configured_trainer, site_caps
+
+        options = {"home": home, "memory_bytes": memory, "max_layers": max_layers}
+        config = load_site_config({**options, "backend": backend})
+        trainer = load_configured_trainer(config)
+        device = measure_device(backend=trainer.backend, home=config.home, caps=site_caps(config))
+        values = device.model_dump()
+        if server is not None:
+            with _connected(load_config({**options, "server": server}), None) as api:
+                values["server"] = api.health().model_dump()
+        output.show(values)
+
+
+@app.command(epilog="Example: fedra-edge status --json")
+def status(server: Server = None, home: Home = None, as_json: Json = False) -> None:
+    """Show what the server knows of this client, and what waits to be sent."""
+    output = Output(as_json=as_json)
+    with _reported(output):
+        config, identity = _membership(server, home)
+        with _connected(config, identity) as api:
+            known = api.client_status()
+        local = {"deltas_waiting": Outbox(config.outbox).num_waiting, "home": str(config.home)}
+        output.show({"server": config.server, **known.model_dump(), **local})
+
+
+@app.command(epilog="Example: fedra-edge leave --server https://plant.example")
+def leave(
+    server: Server = None,
+    home: Home = None,
+    forget: Annotated[
+        bool, typer.Option(help="Drop the identity even when the server does not answer.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Give up the membership and delete this client's identity."""
+    output = Output(as_json=as_json)
+    with _reported(output):
+        config, identity = _membership(server, home)
+        with home_lock(config.home):
+            was_told = _tell_leaving(config, identity, must_be_told=not forget)
+            IdentityFile(config.membership, config.server).forget()
+        output.show({"left": config.server, "client_id": identity.client_id, "told": was_told})
+
+
+@app.command(epilog="Example: fedra-edge evaluate --export tuned --data images")
+def evaluate(
+    export: Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")],
+    data: Annotated[Path, typer.Option(help="A directory of images or a CSV file.")],
+    as_json: Json = False,
+) -> None:
+    """Evaluate an exported model on local data, without a server."""
+    output = Output(as_json=as_json)
+    with _reported(output):
+        from fedra_edge.data.matching import match_labels
+        from fedra_edge.data.opening import open_dataset
+        from fedra_edge.evaluation import evaluate_export, read_export_spec
+
+        spec = read_export_spec(export)
+        matched = match_labels(open_dataset(data), spec.labels)
+        counts = evaluate_export(export, matched)
+        output.show(
+            {
+                "model": spec.name,
+                "num_examples": counts.num_examples,
+                "num_correct": counts.num_correct,
+                "accuracy": counts.num_correct / counts.num_examples,
+                "mean_loss": counts.loss_sum / counts.num_examples,
+                "skipped": matched.report.counts,
+            }
+        )
+
+
+@app.command(epilog="Example: fedra-edge version --json")
+def version(as_json: Json = False) -> None:
+    """Show the versions of client, protocol and Python, and the training runtimes found."""
+    from fedra_edge import __version__
+
+    Output(as_json=as_json).show(
+        {
+            "version": __version__,
+            "protocol": PROTOCOL_VERSION,
+            "python": platform.python_version(),
+            "backends": [name for name in ("torch",) if find_spec(name) is not None],
+        }
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _run_until_told(client: EdgeClient) -> None:
+    """Run a client until it ends or a signal asks for it; a second signal ends at once."""
+    told = threading.Event()
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        told.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in _STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    client.start()
+    while not client.wait(_LOOK_S):
+        if told.is_set():
+            client.stop(_LOOK_S)
+
+
+def _membership(server: str | None, home: Path | None) -> tuple[EdgeConfig, Identity]:
+    """Find the identity meant: on the server given, else on the only one there is."""
+    servers = known_servers(load_site_config({"home": home}).home)
+    if server is None and len(servers) == 1:
+        server = servers[0]
+    if server is None and len(servers) > 1:
+        raise ConfigurationError(
+            "this home is a member on several servers", remedy=f"give --server: {servers}"
+        )
+    if server is None:
+        raise _not_enrolled(f"the home {home or 'of this user'}")
+    config = load_config({"server": server, "home": home})
+    identity = IdentityFile(config.membership, config.server).load()
+    if identity is None:
+        raise _not_enrolled(config.server)
+    return config, identity
+
+
+def _not_enrolled(where: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"no client is enrolled: {where}", remedy="run `fedra-edge join`, or check --home"
+    )
+
+
+def _tell_leaving(config: EdgeConfig, identity: Identity, *, must_be_told: bool) -> bool:
+    try:
+        with _connected(config, identity) as api:
+            api.leave()
+    except NotAuthenticatedError:  # the server forgot us first
+        return True
+    except FedraEdgeError:
+        if must_be_told:
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _connected(config: EdgeConfig, identity: Identity | None) -> Iterator[ServerApi]:
+    transport = Transport(open_http_client(config.server))
+    if identity is not None:
+        transport.authenticate(identity.credential)
+    try:
+        yield ServerApi(transport, Retrier(threading.Event()), FEW_TIMES)
+    finally:
+        transport.close()
+
+
+@contextlib.contextmanager
+def _reported(output: Output, *, is_verbose: bool = False) -> Iterator[None]:
+    """Turn errors into a message and an exit code, in one place."""
+    try:
+        yield
+    except FedraEdgeError as error:
+        _exit(output, error)
+    except (KeyboardInterrupt, typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if is_verbose:
+            logging.getLogger(__name__).exception("defect")
+        _exit(output, error)
+
+
+def _exit(output: Output, error: Exception) -> NoReturn:
+    output.fail(error)
+    raise typer.Exit(exit_code_of(error)) from error
+
+
+def _configure_logging(*, is_verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("fedra_edge").setLevel(logging.DEBUG if is_verbose else logging.WARNING)
+    if not is_verbose:  # these are shown as progress and as the final error already
+        logging.getLogger("fedra_edge.client").setLevel(logging.CRITICAL)

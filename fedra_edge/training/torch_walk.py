@@ -1,0 +1,154 @@
+"""The walk: a training step over a slice with one block's weights in memory at a time.
+
+Forward keeps only what enters each layer from the lowest trained one up; backward goes through
+the layers once more from the last, recomputes each block and pulls the gradient through it. So
+the gradient is that of ordinary autograd over the same slice (Chen et al., arXiv 1604.06174,
+section 3, with one segment per layer), and weights are read from their files twice per step.
+
+Micro-batches go layer by layer, all of them through one block before the next is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from fedra_edge.protocol.ids import LayerId
+from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
+from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.training.torch_blocks import (
+    adapted_block_state,
+    build_block,
+    build_head,
+    build_stem,
+    fill_head,
+    fill_stem,
+    parameter_name,
+    read_piece,
+)
+from fedra_edge.training.trainer import SliceWork
+
+
+class StreamedSlice:
+    """A slice whose frozen weights stay in their files; only trained tensors live in memory."""
+
+    def __init__(self, work: SliceWork, device: torch.device) -> None:
+        self._work = work
+        self._device = device
+        self._weights: Mapping[str, Path] = work.weights
+        self._layer_ids = work.manifest.layer_ids
+        self._block = build_block(work.spec, work.manifest.adapter)
+        self._stem = build_stem(work.spec)
+        self._head = build_head(work.spec)
+        fill_head(self._head, self._read(HEAD), work.adapters, device)
+        self.trained = self._trained_parameters()
+        self._first_trained = self._layer_ids.index(min(work.manifest.trained_layer_ids))
+
+    def accumulate(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
+    ) -> float:
+        """Add the gradient of the mean loss to the trained tensors.
+
+        Args:
+            images: Micro-batches of shape (n_i, channels, size, size).
+            labels: Their label ids, of shape (n_i,).
+            num_examples: What the mean is taken over, usually the sum of all n_i.
+
+        Returns:
+            The mean loss of the examples.
+        """
+        kept = self._forward(images)
+        loss, gradients = self._turn(kept.pop(), labels, num_examples)
+        self._backward(kept, gradients)
+        return loss
+
+    def trained_values(self) -> dict[str, FloatArray]:
+        """Copy the trained tensors out, by global name."""
+        return {
+            name: parameter.detach().cpu().numpy().copy()
+            for name, parameter in self.trained.items()
+        }
+
+    @torch.no_grad()
+    def _forward(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Give, per layer from the lowest trained one up, what enters it."""
+        fill_stem(self._stem, self._read(STEM))
+        hidden = [self._stem(image.to(self._device)) for image in images]
+        kept: list[list[Tensor]] = []
+        for position, layer_id in enumerate(self._layer_ids[:-1]):
+            if position >= self._first_trained:
+                kept.append(list(hidden))
+            state = self._state(layer_id)
+            for index, entering in enumerate(hidden):
+                hidden[index] = functional_call(self._block, state, (entering,))
+        kept.append(hidden)
+        return kept
+
+    def _turn(
+        self, entering: list[Tensor], labels: Sequence[Tensor], num_examples: int
+    ) -> tuple[float, list[Tensor]]:
+        """Go through the last layer and the head and straight back, without a recomputation."""
+        state = self._state(self._layer_ids[-1])
+        total, gradients = 0.0, []
+        for hidden, label_ids in zip(entering, labels, strict=True):
+            hidden.requires_grad_()
+            logits = self._head(functional_call(self._block, state, (hidden,)))
+            targets = label_ids.to(self._device)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / num_examples
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            total += loss.item()
+            gradients.append(_taken(hidden))
+        return total, gradients
+
+    def _backward(self, kept: list[list[Tensor]], gradients: list[Tensor]) -> None:
+        """Pull the gradients down to the lowest trained layer, which needs none below it."""
+        for layer_id in reversed(self._layer_ids[self._first_trained : -1]):
+            state = self._state(layer_id)
+            entering = kept.pop()
+            for index, hidden in enumerate(entering):
+                hidden.requires_grad_(bool(kept))
+                output = functional_call(self._block, state, (hidden,))
+                torch.autograd.backward(output, gradients[index])
+                if kept:
+                    gradients[index] = _taken(hidden)
+
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+        manifest = self._work.manifest
+        names = self._work.spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
+        trained: dict[str, nn.Parameter] = {}
+        for name in sorted(names):
+            key = TensorKey.parse(name)
+            if key.piece == HEAD:
+                trained[name] = self._head.get_parameter(parameter_name(key)).requires_grad_()
+            else:
+                value = torch.tensor(self._work.adapters[name], device=self._device)
+                trained[name] = nn.Parameter(value)
+        return trained
+
+    def _state(self, layer_id: LayerId) -> dict[str, Tensor]:
+        """Give a layer's weights, still in their file, and its adapters, trained ones live."""
+        return adapted_block_state(
+            self._block,
+            self._read(layer_piece(layer_id)),
+            self._work.adapters,
+            layer_id,
+            self._device,
+            live=self.trained,
+        )
+
+    def _read(self, piece: str) -> dict[str, Tensor]:
+        return read_piece(self._weights[piece], self._device)
+
+
+def _taken(hidden: Tensor) -> Tensor:
+    """Take the gradient out of a boundary activation and let go of the activation."""
+    gradient = hidden.grad
+    if gradient is None:
+        raise RuntimeError("no gradient reached a boundary activation")
+    hidden.grad = None
+    return gradient

@@ -1,0 +1,79 @@
+"""Settings come from arguments and the environment, and say what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedra_edge.config import default_name, load_config, load_site_config, parse_size
+from fedra_edge.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("512MB", 512_000_000),
+        ("1.5 GiB", 1_610_612_736),
+        ("2g", 2_000_000_000),
+        ("64 KiB", 65_536),
+        ("1000", 1000),
+        (7, 7),
+    ],
+)
+def test_sizes_are_read_with_their_unit(text: object, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["much", "12 parsecs", "-1MB", ""])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDRA_EDGE_SERVER", "http://from-environment:1")
+    monkeypatch.setenv("FEDRA_EDGE_MEMORY_BYTES", "1GB")
+    monkeypatch.setenv("FEDRA_EDGE_MAX_LAYERS", "3")
+    config = load_config({"server": "http://given:2/", "max_layers": None})
+    assert (config.server, config.memory_bytes, config.max_layers) == ("http://given:2", 10**9, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({}, "server: is not given"),
+        ({"server": "ftp://plant"}, "no server address"),
+        ({"server": "http://user:secret@plant"}, "no user name"),
+        ({"server": "http://plant", "name": "/etc/passwd"}, "name"),
+        ({"server": "http://plant", "memory_bytes": "lots"}, "is no size"),
+        ({"server": "http://plant", "serverr": "x"}, "serverr"),
+        ({"server": "http://plant", "max_layers": 0}, "max_layers"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(options: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint) as refusal:
+        load_config(options)
+    assert refusal.value.remedy
+
+
+def test_the_error_never_repeats_a_password() -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        load_config({"server": "http://user:secret@plant"})
+    assert "secret" not in str(refusal.value)
+
+
+def test_each_server_has_its_own_identity_and_outbox(tmp_path: Path) -> None:
+    one = load_config({"server": "http://plant.example:8470", "home": tmp_path})
+    other = load_config({"server": "http://plant.example:8471", "home": tmp_path})
+    assert one.membership != other.membership
+    assert one.blobs == other.blobs
+    assert one.outbox.is_relative_to(tmp_path)
+
+
+def test_a_machine_needs_no_server_to_be_described(tmp_path: Path) -> None:
+    assert load_site_config({"home": tmp_path}).home == tmp_path
+
+
+def test_the_host_name_gives_a_name_that_the_server_accepts() -> None:
+    assert load_config({"server": "http://plant"}).name == default_name()

@@ -1,0 +1,163 @@
+"""The cache gives verified files within its quota and never drops what is in use."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from fedra_edge.errors import (
+    ServerUnreachableError,
+    StorageError,
+    StorageFullError,
+    UnexpectedAnswerError,
+)
+from fedra_edge.layer_cache import LayerCache
+from fedra_edge.protocol.models import BlobRef
+
+KIB = 1024
+
+
+class Shelf:
+    """Holds blobs and counts how often each was fetched."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+        self.resumed_at: list[int] = []
+
+    def add(self, letter: str, size_bytes: int = KIB) -> BlobRef:
+        """Put a blob of one repeated letter on the shelf."""
+        content = letter.encode() * size_bytes
+        ref = BlobRef(sha256=sha256(content).hexdigest(), size_bytes=size_bytes)
+        self.contents[ref.sha256] = content
+        return ref
+
+    def fetch(self, ref: BlobRef, part: Path) -> None:
+        """Complete a file, as a download would."""
+        start = part.stat().st_size if part.exists() else 0
+        self.fetched.append(ref.sha256)
+        self.resumed_at.append(start)
+        with part.open("ab") as file:
+            file.write(self.contents[ref.sha256][start:])
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def make_cache(tmp_path: Path, shelf: Shelf, quota_bytes: int = 100 * KIB) -> LayerCache:
+    return LayerCache(tmp_path / "blobs", quota_bytes, shelf.fetch)
+
+
+def test_a_missing_blob_is_fetched_once(tmp_path: Path, shelf: Shelf) -> None:
+    cache = make_cache(tmp_path, shelf)
+    ref = shelf.add("a")
+    assert cache.path(ref).read_bytes() == b"a" * KIB
+    assert cache.path(ref) == cache.path(ref)
+    assert len(shelf.fetched) == 1
+    assert cache.used_bytes == KIB
+
+
+def test_a_new_process_uses_what_is_there(tmp_path: Path, shelf: Shelf) -> None:
+    ref = shelf.add("a")
+    make_cache(tmp_path, shelf).path(ref)
+    make_cache(tmp_path, shelf).path(ref)
+    assert len(shelf.fetched) == 1
+
+
+def test_a_file_copied_in_by_hand_is_used_when_it_is_right(tmp_path: Path, shelf: Shelf) -> None:
+    good, bad = shelf.add("a"), shelf.add("b")
+    for ref, content in ((good, b"a" * KIB), (bad, b"x" * KIB)):
+        place = tmp_path / "blobs" / ref.sha256[:2] / ref.sha256
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    cache = make_cache(tmp_path, shelf)
+    cache.path(good)
+    assert shelf.fetched == []
+    assert cache.path(bad).read_bytes() == b"b" * KIB
+
+
+def test_an_unfinished_download_goes_on(tmp_path: Path, shelf: Shelf) -> None:
+    ref = shelf.add("a")
+    part = tmp_path / "blobs" / ref.sha256[:2] / f"{ref.sha256}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"a" * 100)
+    make_cache(tmp_path, shelf).path(ref)
+    assert shelf.resumed_at == [100]
+
+
+def test_a_damaged_part_is_fetched_from_the_start(tmp_path: Path, shelf: Shelf) -> None:
+    ref = shelf.add("a")
+    part = tmp_path / "blobs" / ref.sha256[:2] / f"{ref.sha256}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 100)
+    assert make_cache(tmp_path, shelf).path(ref).read_bytes() == b"a" * KIB
+    assert shelf.resumed_at == [100, 0]
+
+
+def test_bytes_that_are_not_what_they_are_named_are_never_given(
+    tmp_path: Path, shelf: Shelf
+) -> None:
+    ref = shelf.add("a")
+    shelf.contents[ref.sha256] = b"z" * KIB
+    cache = make_cache(tmp_path, shelf)
+    with pytest.raises(UnexpectedAnswerError):
+        cache.path(ref)
+    assert cache.used_bytes == 0
+
+
+def test_what_was_used_least_recently_gives_way(tmp_path: Path, shelf: Shelf) -> None:
+    cache = make_cache(tmp_path, shelf, quota_bytes=3 * KIB)
+    first, second, third, fourth = (shelf.add(letter) for letter in "abcd")
+    for ref in (first, second, third, first, fourth):
+        cache.path(ref)
+    shelf.fetched.clear()
+    for ref in (first, third, fourth):
+        cache.path(ref)
+    assert shelf.fetched == []
+    assert cache.used_bytes == 3 * KIB
+
+
+def test_what_is_in_use_never_gives_way(tmp_path: Path, shelf: Shelf) -> None:
+    cache = make_cache(tmp_path, shelf, quota_bytes=2 * KIB)
+    first, second, third = (shelf.add(letter) for letter in "abc")
+    with cache.holding():
+        held = [cache.path(first), cache.path(second)]
+        with pytest.raises(StorageFullError, match="too small") as refusal:
+            cache.path(third)
+        assert all(path.exists() for path in held)
+    assert refusal.value.remedy
+    cache.path(third)
+    assert not held[0].exists()
+
+
+def test_unfinished_downloads_count_and_give_way(tmp_path: Path, shelf: Shelf) -> None:
+    cache = make_cache(tmp_path, shelf, quota_bytes=2 * KIB)
+    old = shelf.add("o", 2 * KIB)
+    part = tmp_path / "blobs" / old.sha256[:2] / f"{old.sha256}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"o" * KIB)
+    cache.path(shelf.add("a", 2 * KIB))
+    assert not part.exists()
+
+
+def test_a_failed_download_keeps_what_came(tmp_path: Path, shelf: Shelf) -> None:
+    ref = shelf.add("a")
+
+    def cut(ref: BlobRef, part: Path) -> None:
+        part.write_bytes(shelf.contents[ref.sha256][:10])
+        raise ServerUnreachableError("cut")
+
+    with pytest.raises(ServerUnreachableError):
+        LayerCache(tmp_path / "blobs", KIB, cut).path(ref)
+    make_cache(tmp_path, shelf).path(ref)
+    assert shelf.resumed_at == [10]
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, shelf: Shelf) -> None:
+    (tmp_path / "blobs").write_bytes(b"")
+    with pytest.raises(StorageError):
+        make_cache(tmp_path, shelf).path(shelf.add("a"))
