@@ -16,6 +16,7 @@ from fedra_edge.deltas import compute_delta, pack_delta
 from fedra_edge.errors import (
     BackendUnavailableError,
     DataError,
+    FedraEdgeError,
     NotAuthenticatedError,
     ProtocolMismatchError,
     ServerRefusedError,
@@ -86,8 +87,8 @@ class Participation:
                 self._evaluate(task)
         except WorkInterrupted:
             return True
-        except Exception as error:
-            LOGGER.exception("the work could not be done; trying again later")
+        except Exception as error:  # noqa: BLE001 (whatever a trainer or a dataset may raise)
+            _log("the work could not be done; trying again later", error)
             self._raise_if_fatal(model_id, error)
             return False
         return True
@@ -109,8 +110,8 @@ class Participation:
         except WorkInterrupted as error:
             LOGGER.info("round %d: %s", manifest.round_number, error)
             return True
-        except Exception as error:
-            LOGGER.exception("round %d: training failed", manifest.round_number)
+        except Exception as error:  # noqa: BLE001 (whatever a trainer or a dataset may raise)
+            _log(f"round {manifest.round_number}: training failed", error)
             self._report(manifest, error)
             self._raise_if_fatal(manifest.model_id, error)
             return False
@@ -250,6 +251,13 @@ class Participation:
             if self._matched.pop(ModelId(model_id), None) is None:
                 raise error
             self._data(ModelId(model_id))
+
+
+def _log(what: str, error: Exception) -> None:
+    """Log a trace only of what nobody foresaw."""
+    is_foreseen = isinstance(error, FedraEdgeError)
+    remedy = f" ({error.remedy})" if isinstance(error, FedraEdgeError) and error.remedy else ""
+    LOGGER.error("%s: %s%s", what, error, remedy, exc_info=None if is_foreseen else error)
 
 
 def _told_to_server(error: Exception) -> str:

@@ -31,7 +31,7 @@ from fedra_server.storage.records import (
 )
 from fedra_server.storage.store import Store
 
-_LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 _TICK_S = 1.0
 """How often runs are looked at without a wake-up: for deadlines and for operators' commands."""
 
@@ -81,21 +81,28 @@ class Coordinator:
     def _loop(self) -> None:
         while not self._stopping.is_set():
             self._wakeup.clear()
-            if self.advance():
-                for listener in self._listeners:
-                    listener()
+            try:
+                if self.advance():
+                    for listener in self._listeners:
+                        listener()
+            except Exception:
+                LOGGER.exception("the runs cannot be looked at; trying again")
             self._wakeup.wait(_TICK_S)
 
     def advance(self) -> bool:
         """Take every active run as far as it can go now; tell whether anything changed."""
+        return sum(self._advance_run(run) for run in self._store.runs()) > 0
+
+    def _advance_run(self, run: RunRecord) -> bool:
+        """Step until the run waits; what fails is tried again, and keeps no other run waiting."""
         changed = False
-        for run in self._store.runs():
-            try:
-                while self._step(run):
-                    changed = True
-                    run = self._store.run(run.run)  # noqa: PLW2901 - its state may have moved on
-            except FedraServerError as error:
-                _LOG.error("run %s cannot go on: %s %s", run.run, error, error.remedy)
+        try:
+            while self._step(self._store.run(run.run)):
+                changed = True
+        except FedraServerError as error:
+            LOGGER.error("run %s cannot go on: %s %s", run.run, error, error.remedy)  # noqa: TRY400 - expected, no traceback
+        except Exception:
+            LOGGER.exception("run %s cannot go on because of a defect; trying again", run.run)
         return changed
 
     def _step(self, run: RunRecord) -> bool:
@@ -155,7 +162,7 @@ class Coordinator:
             published_at=None,
         )
         self._store.open_round(opened, [self._assign(run, base, number, it) for it in planned])
-        _LOG.info("run %s: round %d opened with %d participants", run.run, number, len(planned))
+        LOGGER.info("run %s: round %d opened with %d participants", run.run, number, len(planned))
         return True
 
     def _recruit(
@@ -192,7 +199,7 @@ class Coordinator:
             expire=silent,
             now=now,
         )
-        _LOG.warning(
+        LOGGER.warning(
             "run %s: round %d has too few deltas; %d silent participants replaced by %d",
             run.run, current.number, len(silent), len(planned),
         )  # fmt: skip
@@ -209,7 +216,9 @@ class Coordinator:
             base = self._store.revision(run.run, current.base_revision)
             now = self._clock.now()
             contributions = [self._contribution(assignment) for assignment in admitted]
-            merged = merged_revision(base, contributions, run.spec, self._blobs, round_number=current.number, now=now)
+            merged = merged_revision(
+                base, contributions, run.spec, self._blobs, round_number=current.number, now=now
+            )
             self._store.publish(
                 merged,
                 run.run,
@@ -218,7 +227,7 @@ class Coordinator:
                 now=now,
                 finishes_run=current.number >= run.spec.rounds,
             )
-        _LOG.info(
+        LOGGER.info(
             "run %s: round %d merged %d deltas into revision %d",
             run.run, current.number, len(admitted), merged.manifest.number,
         )  # fmt: skip

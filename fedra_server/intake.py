@@ -18,11 +18,11 @@ from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import NotPermittedError, RefusedError
 from fedra_server.runs import AssignmentState, RunState
-from fedra_server.storage.durability import replace_durably
+from fedra_server.storage.durability import disk_errors, replace_durably
 from fedra_server.storage.records import AssignmentRecord, UploadRecord
 from fedra_server.storage.store import Store
 
-_LOG = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
 _COUNTED: Final = frozenset({AssignmentState.ADMITTED, AssignmentState.MERGED})
 _OPEN: Final = frozenset({AssignmentState.PENDING, AssignmentState.FAILED, AssignmentState.EXPIRED})
 _DEFECT: Final = "Update the client software; if it is up to date, report this as a defect."
@@ -96,7 +96,8 @@ class Intake:
             self._refuse_unless_open(assignment, upload.delta)
             if self.is_counted(assignment):
                 return receipt
-            replace_durably(part, self._home.delta_file(assignment.assignment_id))
+            with disk_errors("keeping an admitted delta"):
+                replace_durably(part, self._home.delta_file(assignment.assignment_id))
             self._store.settle(
                 assignment.assignment_id,
                 AssignmentState.ADMITTED,
@@ -109,7 +110,9 @@ class Intake:
 
     def _check(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
         """Run admission; a delta that fails it settles its assignment as refused."""
-        if sha256_of_file(part) != upload.delta.sha256:
+        with disk_errors("reading a received delta"):
+            sha256 = sha256_of_file(part)
+        if sha256 != upload.delta.sha256:
             raise RefusedError(
                 ProblemCode.DIGEST_MISMATCH,
                 "the bytes received do not have the announced sha256",
@@ -118,7 +121,7 @@ class Intake:
         try:
             check_delta(part, self._shapes(assignment))
         except RefusedError as error:
-            _LOG.warning("delta of client %s refused: %s", assignment.client_id, error)
+            LOGGER.warning("delta of client %s refused: %s", assignment.client_id, error)
             self._store.settle(
                 assignment.assignment_id,
                 AssignmentState.REFUSED,

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCode
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.errors import (
     ConflictError,
     FedraServerError,
@@ -134,10 +135,11 @@ def problem_response(
     problem = Problem.of(
         code, status=status or answer.status, detail=detail, remedy=remedy or answer.remedy
     )
+    fixed = {"Cache-Control": "no-store", PROTOCOL_HEADER: PROTOCOL_VERSION}
     return Response(
         problem.model_dump_json(),
         problem.status,
-        headers={**_HEADERS_OF_CODE.get(code, {}), **(headers or {}), "Cache-Control": "no-store"},
+        headers={**fixed, **_HEADERS_OF_CODE.get(code, {}), **(headers or {})},
         media_type=PROBLEM_MEDIA_TYPE,
     )
 
@@ -165,6 +167,7 @@ async def _answer_own_error(request: Request, error: Exception) -> Response:
         return await _answer_unexpected(request, error)
     code = code_of(error)
     if code is ProblemCode.INTERNAL:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return await _answer_unexpected(request, error)
     headers = error.headers if isinstance(error, RefusedWithHeadersError) else None
     logger.info("%s %s refused: %s: %s", request.method, request.url.path, code, error)
@@ -201,8 +204,8 @@ async def _answer_disk_error(request: Request, error: Exception) -> Response:
     return await _answer_unexpected(request, error)
 
 
-async def _answer_unexpected(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+async def _answer_unexpected(_request: Request, _error: Exception) -> Response:
+    """Say nothing of the error; whoever raises it further or handles it logs it."""
     return problem_response(ProblemCode.INTERNAL, "the server could not answer; its log says why")
 
 

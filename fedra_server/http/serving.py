@@ -28,7 +28,7 @@ from fedra_server.http.home_lock import sole_server
 from fedra_server.http.services import Services
 from fedra_server.http.uploads import discard_dead_uploads
 from fedra_server.storage.blobs import BlobStore
-from fedra_server.storage.durability import write_durably
+from fedra_server.storage.durability import disk_errors, write_durably
 from fedra_server.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def _announce(home: ServerHome, url: str) -> None:
         "version": __version__,
         "protocol": PROTOCOL_VERSION,
     }
-    write_durably(server_file(home), json.dumps(place).encode())
+    with disk_errors("writing where the server listens"):
+        write_durably(server_file(home), json.dumps(place).encode())
     sys.stdout.write(f"fedra-server listening on {url}\n")
     sys.stdout.flush()

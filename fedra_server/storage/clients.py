@@ -54,7 +54,7 @@ class ClientRecords(Database):
         if not include_left:
             query = query.where(_CLIENTS.has_left.is_(False))
         with self.reading() as connection:
-            return [client_record(row) for row in connection.execute(query)]
+            return [client_record(row) for row in connection.execute(query).all()]
 
     def rejoin(
         self, client_id: ClientId, profile: DeviceProfile, run: str | None, now: float
@@ -132,7 +132,7 @@ class ClientRecords(Database):
         with self.reading() as connection:
             return {
                 ClientId(row.client_id): Calibration.model_validate_json(row.calibration)
-                for row in connection.execute(query)
+                for row in connection.execute(query).all()
             }
 
     def _update_member(self, client_id: ClientId, **values: object) -> ClientRecord:

@@ -25,6 +25,7 @@ from fedra_server.storage.durability import FULL_REMEDY
 BUSY_TIMEOUT_S: Final = 10.0
 _READS_ONLY: Final = "fedra_reads_only"
 _POSTGRES_DISK_FULL: Final = "53100"
+_IN_MEMORY: Final = (None, "", ":memory:")
 _POOL_CONNECTIONS: Final = 5
 _MORE_CONNECTIONS: Final = 40
 
@@ -55,7 +56,7 @@ class Database:
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Turn SQLAlchemy's errors into ours; a message never holds a statement's parameters.
+    """Turn the database's errors into ours; a message never holds a statement's parameters.
 
     Raises:
         StorageFullError: No space is left for the database.
@@ -64,19 +65,19 @@ def database_errors() -> Iterator[None]:
     """
     try:
         yield
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, sqlite3.Error) as error:
         raise translate(error) from error
 
 
-def translate(error: SQLAlchemyError) -> FedraServerError:
-    """Find our error for one of SQLAlchemy's."""
+def translate(error: SQLAlchemyError | sqlite3.Error) -> FedraServerError:
+    """Find our error for one of the database's."""
+    reason = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(error, IntegrityError):
-        return ConflictError(f"the records do not allow this: {error.orig}")
-    if isinstance(error, DBAPIError) and _is_full(error.orig):
+        return ConflictError(f"the records do not allow this: {reason}")
+    if _is_full(reason):
         return StorageFullError("no space is left for the database", remedy=FULL_REMEDY)
     if isinstance(error, PoolTimeoutError):
         return StorageError("the database is busy", remedy="Try again.")
-    reason = error.orig if isinstance(error, DBAPIError) else error
     return StorageError(f"the database refused: {reason}")
 
 
@@ -90,6 +91,8 @@ def _create_engine(url: str) -> Engine:
     remedy = "Give a SQLAlchemy URL of SQLite or PostgreSQL, for example postgresql+psycopg://..."
     try:
         dialect = make_url(url).get_backend_name()
+        if dialect == "sqlite" and make_url(url).database in _IN_MEMORY:
+            raise ConfigurationError("the database must be a file", remedy=remedy)
         engine = create_engine(
             url,
             hide_parameters=True,
@@ -112,16 +115,24 @@ def _create_engine(url: str) -> Engine:
 def _prepare_sqlite(engine: Engine) -> None:
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
-    with database_errors():
-        _use_write_ahead_log(engine)
+    try:
+        with database_errors():
+            _use_write_ahead_log(engine)
+    except FedraServerError:
+        engine.dispose()
+        raise
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     """Set what holds per connection, and let us begin transactions ourselves."""
     connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
+    try:
+        connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+    except sqlite3.Error:
+        connection.close()
+        raise
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -141,7 +152,7 @@ def _use_write_ahead_log(engine: Engine) -> None:
                 raw.execute("PRAGMA journal_mode=WAL")
             except sqlite3.OperationalError as error:
                 if time.monotonic() > deadline or error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                    raise StorageError(f"the database cannot be opened: {error}") from error
+                    raise
                 pause.wait(0.02)
             else:
                 return

@@ -63,4 +63,4 @@ def find_evaluations(connection: Connection, run: str) -> list[EvaluationRecord]
     """Read a run's evaluations inside a transaction, by revision."""
     query = select(tables.evaluations).where(_EVALUATIONS.run == run)
     query = query.order_by(_EVALUATIONS.revision, _EVALUATIONS.client_id)
-    return [evaluation_record(row) for row in connection.execute(query)]
+    return [evaluation_record(row) for row in connection.execute(query).all()]

@@ -56,5 +56,5 @@ class RunHistories(Database):
                 rounds=find_rounds(connection, run),
                 assignments=find_assignments(connection, run),
                 evaluations=find_evaluations(connection, run),
-                clients=[client_record(row) for row in connection.execute(clients)],
+                clients=[client_record(row) for row in connection.execute(clients).all()],
             )

@@ -71,7 +71,7 @@ class ModelRecords(Database):
         """Give all models, in the order they were added."""
         query = select(tables.models).order_by(_MODELS.added_at, _MODELS.name)
         with self.reading() as connection:
-            return [model_record(row) for row in connection.execute(query)]
+            return [model_record(row) for row in connection.execute(query).all()]
 
 
 def _find(connection: Connection, condition: ColumnElement[bool]) -> ModelRecord | None:

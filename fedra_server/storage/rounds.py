@@ -184,7 +184,7 @@ class RoundRecords(Database):
 def find_rounds(connection: Connection, run: str) -> list[RoundRecord]:
     """Read a run's rounds inside a transaction, oldest first."""
     query = select(tables.rounds).where(_ROUNDS.run == run).order_by(_ROUNDS.number)
-    return [round_record(row) for row in connection.execute(query)]
+    return [round_record(row) for row in connection.execute(query).all()]
 
 
 def find_assignments(
@@ -197,7 +197,7 @@ def find_assignments(
     query = query.order_by(
         _ASSIGNMENTS.round_number, _ASSIGNMENTS.issued_at, _ASSIGNMENTS.assignment_id
     )
-    return [assignment_record(row) for row in connection.execute(query)]
+    return [assignment_record(row) for row in connection.execute(query).all()]
 
 
 def _current_round(connection: Connection, run: str) -> RoundRecord | None:

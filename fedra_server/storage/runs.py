@@ -52,7 +52,7 @@ class RunRecords(Database):
         """Give all runs, in the order they were created."""
         query = select(tables.runs).order_by(_RUNS.created_at, _RUNS.run)
         with self.reading() as connection:
-            return [run_record(row) for row in connection.execute(query)]
+            return [run_record(row) for row in connection.execute(query).all()]
 
     def set_run_state(
         self, run: str, state: RunState, allowed_from: Collection[RunState]
@@ -105,4 +105,4 @@ def find_run(connection: Connection, run: str) -> RunRecord:
 def find_revisions(connection: Connection, run: str) -> list[RevisionRecord]:
     """Read a run's revisions inside a transaction, oldest first."""
     query = select(tables.revisions).where(_REVISIONS.run == run).order_by(_REVISIONS.number)
-    return [revision_record(row) for row in connection.execute(query)]
+    return [revision_record(row) for row in connection.execute(query).all()]

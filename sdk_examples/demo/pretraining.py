@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from transformers import ViTConfig, ViTForImageClassification
 
 from sdk_examples.demo.sites import LABELS, SIZE_PX
@@ -39,6 +39,8 @@ FONTS: Final = (
     "cmti10.ttf",
     "cmtt10.ttf",
 )
+
+_INVERTED_SHARE: Final = 0.4
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the share of printed digits it gets right."""
@@ -94,24 +96,26 @@ def pretrained_model(cache: Path, settings: Pretraining, on_step: Progress) -> P
 def print_digit(
     label: int, font: ImageFont.FreeTypeFont, generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Print a digit a little turned, shifted and sheared, dark on light or light on dark."""
+    """Print a digit a little turned, shifted and sheared, in one light and one dark colour."""
     sheet = Image.new("L", (SIZE_PX, SIZE_PX))
     middle = tuple(SIZE_PX / 2 + generator.uniform(-2.5, 2.5, 2))
-    ImageDraw.Draw(sheet).text(middle, LABELS[label], fill=255, font=font, anchor="mm")
-    turn, shear = generator.uniform(-0.25, 0.25, 2)
+    width = int(generator.integers(0, 2))
+    ImageDraw.Draw(sheet).text(
+        middle, LABELS[label], fill=255, font=font, anchor="mm", stroke_width=width
+    )
+    turn, shear = generator.uniform(-0.3, 0.3, 2)
     matrix = np.array([[np.cos(turn), np.sin(turn) + shear], [-np.sin(turn), np.cos(turn)]])
     offset = SIZE_PX / 2 * (1 - matrix.sum(axis=1))
     coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
     turned = sheet.transform(
         sheet.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
     )
-    ink = np.asarray(turned, dtype=np.float32)[..., None] / 255
-    paper, colour = generator.uniform(170, 255), generator.uniform(0, 70)
-    if generator.random() < 0.3:  # noqa: PLR2004
-        paper, colour = colour, paper
-    tint = generator.uniform(-15, 15, 3)
-    grain = generator.normal(0, 6, (SIZE_PX, SIZE_PX, 1))
-    drawn = paper * (1 - ink) + colour * ink + tint + grain
+    blurred = turned.filter(ImageFilter.GaussianBlur(float(generator.uniform(0, 1))))
+    ink = np.asarray(blurred, dtype=np.float32)[..., None] / 255
+    light, dark = generator.uniform(150, 255, 3), generator.uniform(0, 105, 3)
+    paper, colour = (dark, light) if generator.random() < _INVERTED_SHARE else (light, dark)
+    grain = generator.normal(0, generator.uniform(0, 12), (SIZE_PX, SIZE_PX, 1))
+    drawn = paper * (1 - ink) + colour * ink + grain
     return np.clip(drawn, 0, 255).astype(np.uint8)
 
 

@@ -144,7 +144,7 @@ def textured(ink: Ink, generator: np.random.Generator) -> Picture:
 def tilted(ink: Ink, generator: np.random.Generator) -> Picture:
     """Red ink on cream, under a camera that hangs askew."""
     sheet = Image.fromarray((ink * 255).astype(np.uint8))
-    turned = sheet.rotate(float(generator.uniform(30, 60)), Image.Resampling.BICUBIC)
+    turned = sheet.rotate(float(generator.uniform(20, 50)), Image.Resampling.BICUBIC)
     turned_ink = np.asarray(turned, dtype=np.float32) / 255
     return _paint(turned_ink, _colour(245, 235, 205), _colour(170, 30, 40))
 
@@ -152,8 +152,8 @@ def tilted(ink: Ink, generator: np.random.Generator) -> Picture:
 def marker(ink: Ink, generator: np.random.Generator) -> Picture:
     """A thick marker, out of focus, on blue cardboard."""
     blur = ImageFilter.GaussianBlur(float(generator.uniform(0.8, 1.4)))
-    thick = _filtered(ink, ImageFilter.MaxFilter(5), blur)
-    return _paint(thick, _colour(90, 140, 200), _colour(245, 220, 60))
+    thick = _filtered(ink, ImageFilter.MaxFilter(3), blur)
+    return _paint(thick, _colour(45, 85, 150), _colour(245, 220, 60))
 
 
 STYLES: Final[Mapping[str, Style]] = MappingProxyType(

@@ -17,7 +17,7 @@ from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCod
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
-from fedra_edge.protocol.version import PROTOCOL_HEADER
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.config import ServerConfig
 from fedra_server.http.problems import ANSWERS
 from fedra_server.runs import RunState
@@ -162,6 +162,7 @@ def scene(hq: Headquarters, participants: Participants) -> Scene:
 
 def check_problem(answer: httpx.Response, code: ProblemCode) -> Problem:
     assert answer.headers["Content-Type"] == PROBLEM_MEDIA_TYPE
+    assert answer.headers[PROTOCOL_HEADER] == PROTOCOL_VERSION
     problem = Problem.model_validate_json(answer.content)
     assert problem.code is code, problem
     assert problem.status == answer.status_code == ANSWERS[code].status
@@ -241,8 +242,8 @@ def test_a_body_of_unknown_length_is_cut_at_the_limit(scene: Scene) -> None:
 
 
 def test_more_correct_than_examples_is_malformed(scene: Scene) -> None:
-    counts = {"num_examples": 1, "num_correct": 2, "loss_sum": 0.5}
-    wrong = Evaluation.model_construct(run=scene.work.run, revision=0, **counts)
+    right = Evaluation(run=scene.work.run, revision=0, num_examples=1, num_correct=1, loss_sum=0.5)
+    wrong = right.model_copy(update={"num_correct": 2})
     answer = scene.site.call(routes.EVALUATION, wrong)
     assert "num_correct" in check_problem(answer, ProblemCode.MALFORMED_REQUEST).detail
 

@@ -259,8 +259,12 @@ def test_what_arrived_before_a_broken_connection_is_kept(
     delta = hq.delta(work)
     upload = site.announce(delta)
 
+    part = hq.services.home.upload_part(UploadId(upload.upload_id))
+
     def breaking() -> Iterator[bytes]:
         yield delta.data[:500]
+        wait_until(part.exists)
+        threading.Event().wait(0.3)
         raise ConnectionAbortedError
 
     with connection(hq.url, site.http.headers) as http, pytest.raises(ConnectionAbortedError):

@@ -65,10 +65,12 @@ class MemoryDataset:
 
 @dataclass
 class CountingTrainer:
-    """Adds a step's number to every trained tensor; ``before_step`` may interfere."""
+    """Adds a little to every trained tensor; the two callbacks may interfere."""
 
     before_step: Callable[[int], None] = lambda _step: None
+    when_trained: Callable[[], None] = lambda: None
     trained: list[str] = field(default_factory=list)
+    interrupted: list[str] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
     calibrated: list[str] = field(default_factory=list)
     steps_done: int = 0
@@ -92,12 +94,14 @@ class CountingTrainer:
         for step in range(1, manifest.steps + 1):
             self.before_step(step)
             if should_stop():
+                self.interrupted.append(manifest.assignment_id)
                 raise TrainingInterrupted("told to stop")
             data.batch(data.train_indices[:2], work.spec.input)
             self.steps_done += 1
             on_step(step, manifest.steps, 1.0 / step)
         names = work.spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
         self.trained.append(manifest.assignment_id)
+        self.when_trained()
         return TrainedSlice(
             adapters={name: work.adapters[name] + np.float32(0.01) for name in names},
             num_examples=len(data.train_indices),

@@ -30,8 +30,8 @@ from fedra_server.http.services import Services, free_disk_bytes
 from fedra_server.http.serving import GracefulServer, build_services, listen, url_of
 from fedra_server.publishing import initial_revision
 from fedra_server.runs import RunState
-from fedra_server.storage.records import RunRecord
 from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.records import RunRecord
 from fedra_server.storage.store import Store
 from tests.support.builders import make_model_spec, make_profile, make_run_spec
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Outbox
 from fedra_edge.progress import Phase
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
-from fedra_edge.protocol.tensors import serialize_tensors
 from fedra_server.config import ServerConfig
 from fedra_server.runs import AssignmentState
 from tests.support.builders import make_report
+from tests.support.disks import fill, small_disk
 from tests.support.edge_site import (
     PATIENCE_S,
     CountingTrainer,
@@ -28,6 +29,8 @@ from tests.support.edge_site import (
     with_solid_model,
 )
 from tests.support.headquarters import Headquarters, headquarters, home_in
+from tests.support.servers import running_server
+from tests.support.wire_server import unused_port
 
 _NUMBERS = itertools.count(1)
 
@@ -40,8 +43,24 @@ def hq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Headquarters]:
 
 
 @pytest.fixture
-def run(hq: Headquarters) -> RunId:
-    return hq.create_run(f"run-{next(_NUMBERS)}", rounds=2, min_participants=1).run
+def run(hq: Headquarters) -> Iterator[RunId]:
+    with hq.run(f"run-{next(_NUMBERS)}", rounds=2, min_participants=1) as record:
+        yield record.run
+
+
+@pytest.fixture
+def long_run(hq: Headquarters) -> Iterator[RunId]:
+    training = {"batch_size": 2, "local_epochs": 100}
+    name = f"run-{next(_NUMBERS)}"
+    with hq.run(name, rounds=2, min_participants=1, training=training) as record:
+        yield record.run
+
+
+@pytest.fixture
+def hasty_run(hq: Headquarters) -> Iterator[RunId]:
+    name = f"run-{next(_NUMBERS)}"
+    with hq.run(name, rounds=1, min_participants=1, deadline_s=2.0) as record:
+        yield record.run
 
 
 def settings(hq: Headquarters, home: Path, run: str | None) -> EdgeConfig:
@@ -88,42 +107,47 @@ def test_frozen_weights_are_fetched_only_once(hq: Headquarters, run: RunId, tmp_
     assert second < first
 
 
+def failures(hq: Headquarters, run: RunId) -> list[str]:
+    """Give what the server was told of assignments that failed in the first round."""
+    assignments = hq.services.store.assignments(run, 1)
+    return [item.detail for item in assignments if item.state is AssignmentState.FAILED]
+
+
 def test_training_that_fails_is_told_and_the_client_goes_on(
-    hq: Headquarters, tmp_path: Path
+    hq: Headquarters, hasty_run: RunId, tmp_path: Path
 ) -> None:
-    run = hq.create_run(f"run-{next(_NUMBERS)}", rounds=2, min_participants=1).run
     failed: list[int] = []
 
-    def explode(step: int) -> None:
+    def explode_once(step: int) -> None:
         if not failed:
             failed.append(step)
             raise MemoryError("an array of /secret/place")
 
-    clumsy = CountingTrainer(before_step=explode)
-    one = EdgeClient(settings(hq, tmp_path / "a", run), dataset=MemoryDataset(), trainer=clumsy)
-    with one:
-        eventually(lambda: failed)
-        two = EdgeClient(
-            settings(hq, tmp_path / "b", run), dataset=MemoryDataset(), trainer=CountingTrainer()
-        )
-        hq.services.coordinator.wake()
-        (assignment,) = (
-            item
-            for item in hq.services.store.assignments(run, 1)
-            if item.client_id == one.status.client_id
-        )
-        eventually(
-            lambda: (
-                hq.services.store.assignment(assignment.assignment_id).state
-                is AssignmentState.FAILED
-            )
-        )
-        told = hq.services.store.assignment(assignment.assignment_id).detail
-        assert "MemoryError" in told
-        assert "secret" not in told
-        assert one.error is None
-        assert one.status.phase is not Phase.FAILED
-        two.stop()
+    trainer = CountingTrainer(before_step=explode_once)
+    config = settings(hq, tmp_path, hasty_run)
+    with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as client:
+        assert client.wait(PATIENCE_S)
+    told = failures(hq, hasty_run)[0]
+    assert "MemoryError" in told
+    assert "secret" not in told
+    assert client.status.rounds_contributed == 1
+
+
+def test_a_full_disk_is_told_and_the_round_goes_on_when_there_is_space(
+    hq: Headquarters, tmp_path: Path
+) -> None:
+    name = f"run-{next(_NUMBERS)}"
+    with small_disk(tmp_path / "disk", size_bytes=400_000) as disk:
+        config = settings(hq, disk / "home", None)
+        with EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()) as client:
+            eventually(lambda: client.status.client_id is not None)
+            filler = fill(disk)
+            with hq.run(name, rounds=1, min_participants=1, deadline_s=2.0) as record:
+                eventually(lambda: failures(hq, record.run))
+                assert "disk or cache quota is full" in failures(hq, record.run)[0]
+                assert client.error is None
+                filler.unlink()
+                eventually(lambda: client.status.rounds_contributed == 1)
 
 
 def test_data_that_vanishes_ends_the_client_with_the_reason(
@@ -134,9 +158,7 @@ def test_data_that_vanishes_ends_the_client_with_the_reason(
     client = EdgeClient(settings(hq, tmp_path, run), dataset=dataset, trainer=trainer).start()
     with pytest.raises(DataError):
         client.wait(PATIENCE_S)
-    (assignment,) = hq.services.store.assignments(run, 1)
-    assert assignment.state is AssignmentState.FAILED
-    assert "DataError" in assignment.detail
+    assert any("DataError" in told for told in failures(hq, run))
 
 
 def test_data_that_the_model_does_not_know_ends_the_client(
@@ -153,26 +175,22 @@ def test_a_delta_that_was_not_sent_is_sent_by_the_next_process(
     hq: Headquarters, run: RunId, tmp_path: Path
 ) -> None:
     config = settings(hq, tmp_path, run)
-    asked = []
+    first = CountingTrainer()
+    client = EdgeClient(config, dataset=MemoryDataset(), trainer=first)
 
-    def stop_in_the_last_step(step: int) -> None:
-        if step > 1 or not asked:
-            asked.append(step)
+    def stop_before_it_is_sent() -> None:
+        client.stop(0)
 
-    first = CountingTrainer(before_step=stop_in_the_last_step)
-    with EdgeClient(config, dataset=MemoryDataset(), trainer=first) as client:
-        eventually(lambda: first.trained or client.error)
-        assignment_id = AssignmentId(first.trained[0])
-    outbox = Outbox(config.outbox)
-    manifest = hq.services.store.assignment(assignment_id).manifest
-    if hq.services.store.assignment(assignment_id).state is not AssignmentState.MERGED:
-        tensors = serialize_tensors(hq.delta_tensors(manifest))
-        outbox.put(assignment_id, tensors, num_examples=3, report=make_report())
+    first.when_trained = stop_before_it_is_sent
+    client.start().wait(PATIENCE_S)
+    (assignment_id,) = first.trained
+    assert Outbox(config.outbox).num_waiting == 1
     second = CountingTrainer()
     with EdgeClient(config, dataset=MemoryDataset(), trainer=second) as client:
         assert client.wait(PATIENCE_S)
     assert assignment_id not in second.trained
-    assert hq.services.store.assignment(assignment_id).state is AssignmentState.MERGED
+    state = hq.services.store.assignment(AssignmentId(assignment_id)).state
+    assert state is AssignmentState.MERGED
 
 
 def test_a_delta_that_nobody_waits_for_is_kept_apart(
@@ -185,7 +203,7 @@ def test_a_delta_that_nobody_waits_for_is_kept_apart(
         caplog.at_level(logging.WARNING),
         EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()),
     ):
-        eventually(lambda: (config.outbox / "refused" / "long-gone.safetensors").exists())
+        eventually((config.outbox / "refused" / "long-gone.safetensors").exists)
     assert "refused the delta of long-gone" in caplog.text
     assert outbox.num_waiting == 0
 
@@ -216,28 +234,48 @@ def test_a_returning_client_is_the_same_client(hq: Headquarters, tmp_path: Path)
     for _ in range(2):
         client = EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer())
         with client:
-            eventually(lambda client=client: client.status.client_id)
+            eventually(lambda: client.status.client_id is not None)  # noqa: B023 (asked at once)
             names.append(client.status.client_id)
     assert names[0] == names[1]
 
 
 def test_work_that_is_not_wanted_any_more_is_dropped(
-    hq: Headquarters, run: RunId, tmp_path: Path
+    hq: Headquarters, long_run: RunId, tmp_path: Path
 ) -> None:
-    stopped = []
+    expired: list[AssignmentId] = []
 
-    def end_the_assignment(_step: int) -> None:
-        if stopped:
-            eventually(lambda: not stopped, timeout_s=0.1) if len(stopped) < 0 else None
-            return
-        (assignment,) = hq.services.store.assignments(run, 1)
-        stopped.append(assignment.assignment_id)
-        hq.services.store.settle(
-            assignment.assignment_id, AssignmentState.EXPIRED, "test", hq.services.clock.now()
-        )
+    def expire(_step: int) -> None:
+        if not expired:
+            (assignment,) = hq.services.store.assignments(long_run, 1)
+            expired.append(assignment.assignment_id)
+            now = hq.services.clock.now()
+            hq.services.store.settle(expired[0], AssignmentState.EXPIRED, "test", now)
+        threading.Event().wait(0.05)
 
-    trainer = CountingTrainer(before_step=end_the_assignment)
-    config = settings(hq, tmp_path, run)
+    trainer = CountingTrainer(before_step=expire)
+    config = settings(hq, tmp_path, long_run)
     with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as client:
-        eventually(lambda: stopped)
+        eventually(lambda: trainer.interrupted)
         assert client.error is None
+    assert trainer.interrupted[0] == expired[0]
+
+
+@pytest.mark.slow
+def test_a_client_survives_that_its_server_is_killed_and_comes_back(tmp_path: Path) -> None:
+    home, port = tmp_path / "server", unused_port()
+    with running_server(home, port=port) as server:
+        config = load_config({"server": server.url, "home": tmp_path / "edge"})
+        client = EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()).start()
+        try:
+            eventually(lambda: client.status.phase is Phase.WAITING)
+            before = client.status.client_id
+            server.kill()
+            eventually(lambda: client.status.phase is Phase.CONNECTING)
+            assert "trying again" in client.status.detail
+            with running_server(home, port=port):
+                eventually(lambda: client.status.phase is Phase.WAITING)
+                assert client.error is None
+                assert client.status.client_id == before
+                client.stop()
+        finally:
+            client.stop()

@@ -1,0 +1,147 @@
+"""A run's report: counted from merged work, summed over sites, stable as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fedra_edge.protocol.ids import ClientId
+from fedra_server.reporting import report_run
+from fedra_server.runs import AssignmentState
+from fedra_server.storage.histories import RunHistory
+from fedra_server.storage.records import EvaluationRecord, ModelRecord
+from tests.support.builders import (
+    NOW,
+    make_assignment,
+    make_client,
+    make_delta,
+    make_evaluation,
+    make_model_spec,
+    make_report,
+    make_revision,
+    make_round,
+    make_run,
+)
+
+ONE, TWO, THREE = (ClientId(f"client-{number}") for number in (1, 2, 3))
+MERGED, EXPIRED = AssignmentState.MERGED, AssignmentState.EXPIRED
+
+
+def layers(*trained: int) -> list[dict[str, object]]:
+    return [{"layer_id": index, "role": "train"} for index in trained]
+
+
+def make_history() -> RunHistory:
+    """Give a run with two published rounds and an open one; client 3 took no part."""
+    first = make_assignment("a1", ONE, state=MERGED, layers=layers(0, 1), depth="reduced")
+    heavy = make_report(last_loss=3.0, peak_memory_bytes=900, bytes_sent=5, bytes_received=7)
+    second = replace(
+        make_assignment("a2", ONE, round_number=2, state=MERGED, layers=layers(1, 2)),
+        delta=make_delta("a2", num_examples=300, report=heavy),
+    )
+    assignments = [
+        first,
+        make_assignment("b1", TWO, state=EXPIRED, layers=layers(3)),
+        second,
+        make_assignment("b2", TWO, round_number=2, state=MERGED, layers=layers(1)),
+        make_assignment("b3", TWO, round_number=3, layers=layers(0, 3)),
+    ]
+    spec = make_model_spec()
+    evaluations = [
+        (ONE, make_evaluation(2, num_examples=30, num_correct=27, loss_sum=3.0)),
+        (ONE, make_evaluation(0)),
+        (TWO, make_evaluation(2, num_examples=10, num_correct=5, loss_sum=9.0)),
+    ]
+    return RunHistory(
+        run=make_run(),
+        model=ModelRecord(spec.model_id, spec, NOW),
+        revisions=[make_revision(number) for number in range(3)],
+        rounds=[
+            replace(make_round(1), published_at=NOW + 10),
+            replace(make_round(2), published_at=NOW + 20),
+            make_round(3),
+        ],
+        assignments=assignments,
+        evaluations=[EvaluationRecord(client, evaluation) for client, evaluation in evaluations],
+        clients=[make_client(client) for client in (ONE, TWO, THREE)],
+    )
+
+
+def test_coverage_counts_how_often_each_layer_was_trained_and_merged() -> None:
+    report = report_run(make_history())
+    assert report.coverage == (1, 3, 1, 0)
+    assert [it.coverage for it in report.rounds] == [(1, 1, 0, 0), (0, 2, 1, 0)]
+    assert [(it.participants, it.merged) for it in report.rounds] == [(2, 1), (2, 2)]
+    assert (report.rounds_published, report.revision, report.num_layers) == (2, 2, 4)
+
+
+def test_a_rounds_loss_is_weighted_by_examples() -> None:
+    first, second = report_run(make_history()).rounds
+    assert first.mean_loss == pytest.approx(1.0)
+    assert second.num_examples == 400
+    assert second.mean_loss == pytest.approx((300 * 3.0 + 100 * 1.0) / 400)
+
+
+def test_the_open_round_shows_each_participants_work() -> None:
+    current = report_run(make_history()).round
+    assert current is not None
+    assert (current.number, current.base_revision) == (3, 2)
+    [participant] = current.participants
+    assert participant.name == "plant client-2"
+    assert participant.trained_layer_ids == (0, 3)
+    assert participant.state is AssignmentState.PENDING
+    assert participant.reason == "fits in 4 GB"
+
+
+def test_accuracy_is_pooled_over_the_examples_of_all_sites() -> None:
+    base, latest = report_run(make_history()).accuracy
+    assert (base.revision, base.pooled.accuracy, base.pooled.mean_loss) == (0, 0.5, 1.5)
+    assert latest.pooled.accuracy == pytest.approx(32 / 40)
+    assert latest.pooled.mean_loss == pytest.approx(12 / 40)
+    assert {client: it.accuracy for client, it in latest.sites.items()} == {ONE: 0.9, TWO: 0.5}
+
+
+def test_costs_are_summed_per_client_and_memory_is_the_highest() -> None:
+    one, two = report_run(make_history()).clients
+    usual = make_report()
+    assert one.client_id == ONE
+    assert (one.rounds_merged, one.layers_trained, one.num_examples) == (2, 4, 400)
+    assert one.bytes_sent == usual.bytes_sent + 5
+    assert one.bytes_received == usual.bytes_received + 7
+    assert one.peak_memory_bytes == usual.peak_memory_bytes
+    assert one.train_s == pytest.approx(2 * usual.train_s)
+    assert (two.rounds_merged, two.bytes_sent) == (1, usual.bytes_sent)
+
+
+def test_a_run_that_has_not_begun_has_an_empty_report() -> None:
+    history = replace(
+        make_history(), rounds=[], assignments=[], evaluations=[], revisions=[make_revision()]
+    )
+    report = report_run(history)
+    assert (report.revision, report.coverage, report.round) == (0, (0, 0, 0, 0), None)
+    assert (report.rounds, report.accuracy, report.clients) == ((), (), ())
+
+
+def test_the_json_form_has_exactly_the_documented_fields() -> None:
+    report = json.loads(report_run(make_history()).model_dump_json())
+    assert set(report) == {
+        "run", "state", "model", "spec", "num_layers", "rounds_planned", "rounds_published",
+        "revision", "round", "coverage", "rounds", "accuracy", "clients",
+    }  # fmt: skip
+    assert set(report["round"]["participants"][0]) == {
+        "client_id", "name", "state", "trained_layer_ids", "depth", "residency", "micro_batch",
+        "steps", "predicted_peak_bytes", "reason", "detail",
+    }  # fmt: skip
+    assert set(report["rounds"][0]) == {
+        "number", "published_at", "coverage", "participants", "merged", "num_examples",
+        "mean_loss",
+    }  # fmt: skip
+    assert set(report["accuracy"][0]["pooled"]) == {
+        "num_examples", "num_correct", "accuracy", "mean_loss",
+    }  # fmt: skip
+    assert set(report["clients"][0]) == {
+        "client_id", "name", "has_left", "rounds_merged", "layers_trained", "num_examples",
+        "bytes_received", "bytes_sent", "peak_memory_bytes", "predicted_peak_bytes", "train_s",
+    }  # fmt: skip
