@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -83,21 +84,13 @@ class ServerApi:
         self._tell(routes.CALIBRATE, body=calibration)
 
     def assignment(self, wait_s: float) -> Assignment:
-        """Ask what to do; the server may take ``wait_s`` to answer."""
-        route = routes.ASSIGNMENT
-        request = Request(route, route.path, query={"wait_s": wait_s}, read_s=wait_s + READ_S)
+        """Ask what to do; the server may take ``wait_s`` to answer.
 
-        def attempt() -> Assignment:
-            content = self._transport.send(request).content
-            try:
-                return _ASSIGNMENT.validate_json(content)
-            except ValidationError as error:
-                raise UnexpectedAnswerError(
-                    "the server's answer is no assignment",
-                    remedy="install the client version that belongs to this server",
-                ) from error
-
-        return self._retrier.run(attempt, self._policy)
+        After a failed attempt the server is asked to answer at once, so that it shows that the
+        connection is back.
+        """
+        waits = chain([wait_s], repeat(0.0))
+        return self._retrier.run(lambda: self._poll(next(waits)), self._policy)
 
     def report_failure(self, assignment_id: AssignmentId, detail: str) -> None:
         """Say that an assignment cannot be finished, so that the round does not wait for it."""
@@ -135,6 +128,18 @@ class ServerApi:
         return self._retrier.run(
             lambda: transfers.upload(self._transport, manifest, file), policy or self._policy
         )
+
+    def _poll(self, wait_s: float) -> Assignment:
+        route = routes.ASSIGNMENT
+        request = Request(route, route.path, query={"wait_s": wait_s}, read_s=wait_s + READ_S)
+        content = self._transport.send(request).content
+        try:
+            return _ASSIGNMENT.validate_json(content)
+        except ValidationError as error:
+            raise UnexpectedAnswerError(
+                "the server's answer is no assignment",
+                remedy="install the client version that belongs to this server",
+            ) from error
 
     def _ask(
         self,

@@ -15,6 +15,7 @@ from fedra_edge.exit_codes import exit_code_of
 from fedra_edge.progress import ClientProgress, Phase
 
 _STEP_EVERY_S: Final = 2.0
+_OF_A_ROUND: Final = frozenset({Phase.DOWNLOADING, Phase.TRAINING})
 
 
 class Output:
@@ -95,15 +96,13 @@ class ProgressLines:
 
 def _sentence(progress: ClientProgress) -> str:
     parts = [f"{progress.phase.value:<11}"]
-    if progress.round_number is not None and progress.phase is not Phase.WAITING:
+    if progress.round_number is not None and progress.phase in _OF_A_ROUND:
         parts.append(f"round {progress.round_number}")
     if progress.phase is Phase.TRAINING and progress.steps_done:
         loss = "" if progress.loss is None else f", loss {progress.loss:.4f}"
         parts.append(f"step {progress.steps_done}/{progress.steps_total}{loss}")
     elif progress.detail:
         parts.append(progress.detail)
-    if progress.phase is Phase.DOWNLOADING and progress.accuracy is not None:
-        parts.append(f"(revision {progress.evaluated_revision}: {progress.accuracy:.1%} correct)")
     return "  ".join(parts)
 
 

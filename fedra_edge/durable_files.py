@@ -15,6 +15,7 @@ _FULL: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 )
 _PRIVATE: Final = 0o600
+_REPLACE: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def write_durably(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.name}.new")
         try:
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _PRIVATE)
+            descriptor = os.open(fresh, _REPLACE, _PRIVATE)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()

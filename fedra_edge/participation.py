@@ -151,7 +151,9 @@ class Participation:
             loss_sum=counts.loss_sum,
         )
         self._board.update(
-            accuracy=counts.num_correct / counts.num_examples, evaluated_revision=number
+            accuracy=counts.num_correct / counts.num_examples,
+            evaluated_revision=number,
+            detail=f"revision {number}: {counts.num_correct} of {counts.num_examples} correct",
         )
         try:
             self._api.send_evaluation(evaluation)

@@ -60,7 +60,7 @@ class Session:
             while not self._control.is_stopping:
                 self._rest_while_paused()
                 self._deliver()
-                self._board.update(phase=Phase.WAITING)
+                self._note_waiting()
                 asked_at = time.monotonic()
                 match self._api.assignment(self._equipment.config.poll_s):
                     case Stop(reason=reason):
@@ -93,6 +93,15 @@ class Session:
             self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run))
             LOGGER.info("back at %s as client %s", config.server, identity.client_id)
         self._board.update(client_id=identity.client_id)
+
+    def _note_waiting(self) -> None:
+        traffic = self._equipment.transport.traffic
+        self._board.update(
+            phase=Phase.WAITING,
+            detail="asking for work",
+            bytes_received=traffic.bytes_received,
+            bytes_sent=traffic.bytes_sent,
+        )
 
     def _rest_while_paused(self) -> None:
         if self._control.is_paused:

@@ -133,6 +133,8 @@ class Transport:
     @contextlib.contextmanager
     def stream(self, request: Request) -> Iterator[httpx.Response]:
         """Send a request and give the answer before its body is read; refusals are raised."""
+        if self._client.is_closed:
+            raise ServerUnreachableError("this client's connections are closed")
         with _mapped_errors():
             response = self._client.send(self._build(request), stream=True)
         try:

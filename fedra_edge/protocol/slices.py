@@ -54,10 +54,12 @@ class SliceManifest(WireModel):
     """Everything a participant needs to know of its work in a round.
 
     ``depth`` is ``reduced`` when layers not listed are skipped (FedRA as published) and
-    ``full`` when every layer is listed. ``steps`` is how many optimizer steps to take,
-    ``micro_batch`` how many examples go through the slice at once, ``remaining_s`` how long
-    the round stays open, counted from the moment the server answered, so that wrong clocks do
-    not matter. ``predicted_peak_bytes`` is the memory promise.
+    ``full`` when every layer is listed. ``residency`` says whether the slice's weights stay in
+    memory or pass through it block by block. ``steps`` is how many optimizer steps to take,
+    ``micro_batch`` how many examples go through a block at once; a streamed slice takes up to
+    ``walk_batch`` examples through a block before it loads the next. ``remaining_s`` is how
+    long the round stays open, counted from the moment the server answered, so that wrong
+    clocks do not matter. ``predicted_peak_bytes`` is the memory promise.
     """
 
     assignment_id: Token
@@ -71,6 +73,7 @@ class SliceManifest(WireModel):
     depth: Depth
     residency: Residency
     micro_batch: Annotated[int, Field(ge=1, le=65_536)]
+    walk_batch: Annotated[int, Field(ge=1, le=65_536)] = 1
     steps: Annotated[int, Field(ge=1, le=10**6)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     remaining_s: Seconds

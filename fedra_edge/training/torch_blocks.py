@@ -120,14 +120,36 @@ def fill_block(
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    adapted = {
-        parameter_name(TensorKey.parse(name)): torch.tensor(value, device=device)
+    held = {
+        name: torch.tensor(value, device=device)
         for name, value in adapters.items()
         if TensorKey.parse(name).layer_id == layer_id
     }
+    block.load_state_dict(block_state(block, weights, held, layer_id), strict=True, assign=True)
+
+
+def block_state(
+    block: nn.Module,
+    weights: Mapping[str, Tensor],
+    adapters: Mapping[str, Tensor],
+    layer_id: LayerId,
+) -> dict[str, Tensor]:
+    """Name a layer's weights and adapters as the block's parameters.
+
+    Args:
+        block: A block with adapters, as ``build_block`` makes it.
+        weights: The layer's frozen weights by their names inside the piece.
+        adapters: The layer's adapters by global name.
+        layer_id: The layer, for error messages.
+
+    Raises:
+        SliceError: A tensor is missing, extra, or of another shape or dtype.
+    """
+    adapted = {parameter_name(TensorKey.parse(name)): value for name, value in adapters.items()}
     targets = {name.rpartition(".lora_A.")[0] for name in adapted if ".lora_A." in name}
-    base = {_base_name(name, targets): value for name, value in weights.items()}
-    _fill(block, base | adapted, f"layer {layer_id}")
+    state = {_base_name(name, targets): value for name, value in weights.items()} | adapted
+    _check_state(block, state, f"layer {layer_id}")
+    return state
 
 
 def fill_stem(stem: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -188,6 +210,11 @@ def _built(spec: ModelSpec, build: Callable[[Any], nn.Module]) -> nn.Module:
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    _check_state(module, tensors, what)
+    module.load_state_dict(tensors, strict=True, assign=True)
+
+
+def _check_state(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     expected = module.state_dict()
     if expected.keys() != tensors.keys():
         odd = ", ".join(sorted(expected.keys() ^ tensors.keys())[:5])
@@ -198,4 +225,3 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
                 f"{what}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"not {expected[name].dtype} {tuple(expected[name].shape)}"
             )
-    module.load_state_dict(tensors, strict=True, assign=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from fedra_edge.protocol.ids import LayerId, Position
@@ -25,14 +26,49 @@ from fedra_edge.training.torch_blocks import (
 from fedra_edge.training.trainer import SliceWork
 
 
+class TrainableSlice(Protocol):
+    """A slice that gradients can be accumulated in, whatever part of it is in memory."""
+
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The tensors that are trained, by global name."""
+        ...
+
+    def accumulate(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
+    ) -> float:
+        """Add the gradient of the mean loss to the trained tensors.
+
+        Args:
+            images: Micro-batches of shape (n_i, channels, size, size).
+            labels: Their label ids, of shape (n_i,).
+            num_examples: What the mean is taken over, usually the whole batch.
+
+        Returns:
+            The part of the mean loss that these examples make.
+        """
+        ...
+
+    def trained_values(self) -> dict[str, FloatArray]:
+        """Copy the trained tensors out, by global name."""
+        ...
+
+
 class TorchSlice(nn.Module):
     """The layers of a slice in memory, at positions 0, 1, 2 ...; layers not listed are skipped.
 
     Only the adapters of trained layers and the head's trained tensors require gradients.
     """
 
-    def __init__(self, stem: nn.Module, blocks: dict[LayerId, nn.Module], head: nn.Module) -> None:
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: dict[LayerId, nn.Module],
+        head: nn.Module,
+        device: torch.device,
+    ) -> None:
         super().__init__()
+        self._device = device
         self.positions = LayerPositions.of(sorted(blocks))
         self.stem = stem
         self.layers = nn.ModuleList(blocks[layer_id] for layer_id in self.positions.layer_ids)
@@ -56,7 +92,7 @@ class TorchSlice(nn.Module):
             blocks[layer_id] = block = build_block(spec, manifest.adapter)
             weights = read_piece(work.weights[layer_piece(layer_id)], device)
             fill_block(block, weights, work.adapters, layer_id, device)
-        loaded = cls(stem, blocks, head)
+        loaded = cls(stem, blocks, head, device)
         loaded._mark_trained(
             spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids),
             manifest.trained_layer_ids,
@@ -74,6 +110,19 @@ class TorchSlice(nn.Module):
             hidden = block(hidden)
         logits: Tensor = self.head(hidden)
         return logits
+
+    def accumulate(
+        self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
+    ) -> float:
+        """Add the gradient of the mean loss, one micro-batch after the other."""
+        total = 0.0
+        for image, label_ids in zip(images, labels, strict=True):
+            logits = self(image.to(self._device))
+            targets = label_ids.to(self._device)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / num_examples
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            total += loss.item()
+        return total
 
     def trained_values(self) -> dict[str, FloatArray]:
         """Copy the trained tensors out, by global name."""

@@ -1,4 +1,4 @@
-"""The PyTorch trainer: ordinary autograd over a resident slice, on the CPU or a GPU."""
+"""The PyTorch trainer: batches, clipping and optimizer around a slice, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.errors import SliceError, TrainingInterrupted
 from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.slices import TrainingSpec
+from fedra_edge.training.allocator import return_freed_memory
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_calibration import time_block
 from fedra_edge.training.torch_evaluation import evaluate_blockwise
-from fedra_edge.training.torch_slice import TorchSlice
+from fedra_edge.training.torch_slice import TorchSlice, TrainableSlice
+from fedra_edge.training.torch_walk import StreamedSlice
 from fedra_edge.training.trainer import (
     BlockTiming,
     EvaluationCounts,
@@ -61,9 +62,7 @@ class TorchTrainer:
         """
         started = time.perf_counter()
         manifest = work.manifest
-        if manifest.residency == "streamed":
-            raise SliceError("this trainer keeps slices resident; it cannot stream them")
-        loaded = TorchSlice.load(work, self._device)
+        loaded = _load(work, self._device)
         optimizer = _optimizer(manifest.training, loaded.trained.values())
         losses: list[float] = []
         for batch in draw_batches(
@@ -71,7 +70,7 @@ class TorchTrainer:
         ):
             if should_stop():
                 raise TrainingInterrupted(f"stopped after {len(losses)} of {manifest.steps} steps")
-            losses.append(self._accumulate(loaded, work, data, batch))
+            losses.append(_accumulate(loaded, work, data, batch))
             nn.utils.clip_grad_norm_(loaded.trained.values(), manifest.training.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -96,32 +95,37 @@ class TorchTrainer:
         """
         return evaluate_blockwise(model, data, should_stop, self._device)
 
-    def _accumulate(
-        self,
-        loaded: TorchSlice,
-        work: SliceWork,
-        data: MatchedDataset,
-        batch: NDArray[np.int64],
-    ) -> float:
-        """Add up the gradient of the batch's mean loss, one micro-batch at a time."""
-        batch_loss = 0.0
-        for micro_batch in _micro_batches(batch, work.manifest.micro_batch):
-            images, label_ids = data.batch(micro_batch, work.spec.input)
-            logits = loaded(torch.from_numpy(images).to(self._device))
-            labels = torch.from_numpy(label_ids).to(self._device)
-            loss = F.cross_entropy(logits, labels, reduction="sum") / len(batch)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            batch_loss += loss.item()
-        if not math.isfinite(batch_loss):
-            raise SliceError(
-                "training diverged: the loss is not finite",
-                remedy="Lower the run's learning rate or its clip norm.",
-            )
-        return batch_loss
+
+def _load(work: SliceWork, device: torch.device) -> TrainableSlice:
+    if work.manifest.residency == "resident":
+        return TorchSlice.load(work, device)
+    return_freed_memory()
+    return StreamedSlice(work, device)
 
 
-def _micro_batches(batch: NDArray[np.int64], micro_batch: int) -> Sequence[NDArray[np.int64]]:
-    return [batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)]
+def _accumulate(
+    loaded: TrainableSlice, work: SliceWork, data: MatchedDataset, batch: NDArray[np.int64]
+) -> float:
+    """Add up the gradient of the batch's mean loss, in micro-batches that walk together."""
+    micro_batch = work.manifest.micro_batch
+    loss = 0.0
+    for together in _parts(batch, max(micro_batch, work.manifest.walk_batch)):
+        images, labels = [], []
+        for indices in _parts(together, micro_batch):
+            image_array, label_ids = data.batch(indices, work.spec.input)
+            images.append(torch.from_numpy(image_array))
+            labels.append(torch.from_numpy(label_ids))
+        loss += loaded.accumulate(images, labels, len(batch))
+    if not math.isfinite(loss):
+        raise SliceError(
+            "training diverged: the loss is not finite",
+            remedy="Lower the run's learning rate or its clip norm.",
+        )
+    return loss
+
+
+def _parts(batch: NDArray[np.int64], size: int) -> Sequence[NDArray[np.int64]]:
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def _optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.torch_blocks import (
-    adapted_block_state,
+    block_state,
     build_block,
     build_head,
     build_stem,
@@ -46,22 +46,15 @@ class StreamedSlice:
         self._stem = build_stem(work.spec)
         self._head = build_head(work.spec)
         fill_head(self._head, self._read(HEAD), work.adapters, device)
-        self.trained = self._trained_parameters()
+        self.trained: dict[str, nn.Parameter] = {}
+        self._adapters = self._live_adapters()
+        self._mark_head()
         self._first_trained = self._layer_ids.index(min(work.manifest.trained_layer_ids))
 
     def accumulate(
         self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
     ) -> float:
-        """Add the gradient of the mean loss to the trained tensors.
-
-        Args:
-            images: Micro-batches of shape (n_i, channels, size, size).
-            labels: Their label ids, of shape (n_i,).
-            num_examples: What the mean is taken over, usually the sum of all n_i.
-
-        Returns:
-            The mean loss of the examples.
-        """
+        """Add the gradient of the mean loss, all micro-batches layer by layer."""
         kept = self._forward(images)
         loss, gradients = self._turn(kept.pop(), labels, num_examples)
         self._backward(kept, gradients)
@@ -95,14 +88,16 @@ class StreamedSlice:
         """Go through the last layer and the head and straight back, without a recomputation."""
         state = self._state(self._layer_ids[-1])
         total, gradients = 0.0, []
+        is_needed_below = self._first_trained < len(self._layer_ids) - 1
         for hidden, label_ids in zip(entering, labels, strict=True):
-            hidden.requires_grad_()
+            hidden.requires_grad_(is_needed_below)
             logits = self._head(functional_call(self._block, state, (hidden,)))
             targets = label_ids.to(self._device)
             loss = F.cross_entropy(logits, targets, reduction="sum") / num_examples
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             total += loss.item()
-            gradients.append(_taken(hidden))
+            if is_needed_below:
+                gradients.append(_taken(hidden))
         return total, gradients
 
     def _backward(self, kept: list[list[Tensor]], gradients: list[Tensor]) -> None:
@@ -117,29 +112,28 @@ class StreamedSlice:
                 if kept:
                     gradients[index] = _taken(hidden)
 
-    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+    def _live_adapters(self) -> dict[LayerId, dict[str, Tensor]]:
+        """Put the adapters of every layer of the slice into memory, trained ones as parameters."""
         manifest = self._work.manifest
-        names = self._work.spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
-        trained: dict[str, nn.Parameter] = {}
-        for name in sorted(names):
-            key = TensorKey.parse(name)
-            if key.piece == HEAD:
-                trained[name] = self._head.get_parameter(parameter_name(key)).requires_grad_()
-            else:
-                value = torch.tensor(self._work.adapters[name], device=self._device)
-                trained[name] = nn.Parameter(value)
-        return trained
+        live: dict[LayerId, dict[str, Tensor]] = {}
+        for layer_id in manifest.layer_ids:
+            held = live[layer_id] = {}
+            for name in self._work.spec.layer_adapter_shapes(manifest.adapter, layer_id):
+                held[name] = torch.tensor(self._work.adapters[name], device=self._device)
+                if layer_id in manifest.trained_layer_ids:
+                    held[name] = self.trained[name] = nn.Parameter(held[name])
+        return live
+
+    def _mark_head(self) -> None:
+        for name in self._work.spec.head_shapes():
+            parameter = self._head.get_parameter(parameter_name(TensorKey.parse(name)))
+            parameter.requires_grad = True
+            self.trained[name] = parameter
 
     def _state(self, layer_id: LayerId) -> dict[str, Tensor]:
-        """Give a layer's weights, still in their file, and its adapters, trained ones live."""
-        return adapted_block_state(
-            self._block,
-            self._read(layer_piece(layer_id)),
-            self._work.adapters,
-            layer_id,
-            self._device,
-            live=self.trained,
-        )
+        """Give a layer's weights, still in their file, and its adapters."""
+        weights = self._read(layer_piece(layer_id))
+        return block_state(self._block, weights, self._adapters[layer_id], layer_id)
 
     def _read(self, piece: str) -> dict[str, Tensor]:
         return read_piece(self._weights[piece], self._device)

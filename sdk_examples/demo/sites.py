@@ -21,9 +21,10 @@ _CONCENTRATION: Final = 1.5
 _EVEN_SHARE: Final = 0.35
 _TEST_SHARE: Final = 0.3
 
-Ink = NDArray[np.float32]
+Ink = NDArray[np.floating]
 """How much ink lies on each pixel, 0..1, shape (SIZE_PX, SIZE_PX)."""
 
+Colours = NDArray[np.floating]
 Picture = NDArray[np.uint8]
 Style = Callable[[Ink, np.random.Generator], Picture]
 
@@ -96,13 +97,13 @@ def _place(image: NDArray[np.float64], generator: np.random.Generator) -> Ink:
     return np.asarray(sheet, dtype=np.float32) / 255
 
 
-def _paint(ink: Ink, paper: NDArray[np.float32], colour: NDArray[np.float32]) -> Picture:
+def _paint(ink: Ink, paper: Colours, colour: Colours) -> Picture:
     """Mix ink and paper, both as 0..255 and of a shape that fits (SIZE_PX, SIZE_PX, 3)."""
     mixed = paper * (1 - ink[..., None]) + colour * ink[..., None]
     return np.clip(mixed, 0, 255).astype(np.uint8)
 
 
-def _colour(red: float, green: float, blue: float) -> NDArray[np.float32]:
+def _colour(red: float, green: float, blue: float) -> Colours:
     return np.array([red, green, blue], dtype=np.float32)
 
 

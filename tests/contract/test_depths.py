@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fedra_edge.protocol.layers import TensorKey
 from fedra_edge.training.torch_slice import TorchSlice
+from fedra_edge.training.torch_walk import StreamedSlice
 from fedra_edge.training.trainer import SliceWork
 from tests.support.tiny_vit import NUM_LAYERS, TinyVit, noise_data, reference_parameter
 
@@ -60,6 +61,26 @@ def test_logits_and_gradients_are_those_of_the_plain_model(
         same = reference_parameter(reference, TensorKey.parse(name), positions)
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", ["full", "reduced"])
+@pytest.mark.parametrize("trained", SUBSETS, ids=str)
+@pytest.mark.parametrize("micro_batch", [6, 2])
+def test_a_streamed_slice_has_the_gradients_of_a_resident_one(
+    tiny: TinyVit, trained: tuple[int, ...], depth: str, micro_batch: int
+) -> None:
+    work = tiny.work(trained, depth=depth)
+    images, label_ids = examples(work)
+    resident, streamed = TorchSlice.load(work, CPU), StreamedSlice(work, CPU)
+    whole_loss = resident.accumulate([images], [label_ids], len(images))
+    parts = torch.split(images, micro_batch), torch.split(label_ids, micro_batch)
+    loss = streamed.accumulate(*parts, num_examples=len(images))
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert streamed.trained.keys() == resident.trained.keys()
+    for name, parameter in resident.trained.items():
+        gradient = streamed.trained[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_full_slice_without_adapter_effect_gives_the_registered_model(tiny: TinyVit) -> None:

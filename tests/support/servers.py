@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-_COMMAND = [sys.executable, "-c", "from fedra_server.cli import main; main()"]
+_MAIN = "from fedra_server.cli import main; main()"
 _START_S = 60.0
 
 
@@ -41,15 +41,20 @@ class ServerProcess:
 
 
 def start_server(
-    home: Path, *, port: int = 0, settings: Mapping[str, str] | None = None
+    home: Path,
+    *,
+    port: int = 0,
+    settings: Mapping[str, str] | None = None,
+    without: Sequence[str] = (),
 ) -> ServerProcess:
     """Start a server on a home, made if need be, and wait until it listens.
 
-    ``settings`` are FEDRA_SERVER_* settings by their names in server.toml.
+    ``settings`` are FEDRA_SERVER_* settings by their names in server.toml; the packages named
+    in ``without`` are as if they were not installed.
     """
     run_server_command("init", "--home", str(home))
     log = home.with_name(f"{home.name}.log")
-    command = [*_COMMAND, "serve", "--home", str(home), "--port", str(port)]
+    command = [*_command(without), "serve", "--home", str(home), "--port", str(port)]
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=_environment(settings or {})
@@ -75,17 +80,26 @@ def running_server(
 
 
 def run_server_command(
-    *arguments: str, settings: Mapping[str, str] | None = None, check: bool = True
+    *arguments: str,
+    settings: Mapping[str, str] | None = None,
+    check: bool = True,
+    without: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run any fedra-server command to its end."""
     return subprocess.run(
-        [*_COMMAND, *arguments],
+        [*_command(without), *arguments],
         check=check,
         capture_output=True,
         encoding="utf-8",
         env=_environment(settings or {}),
         timeout=_START_S,
     )
+
+
+def _command(without: Sequence[str]) -> list[str]:
+    """Make Python refuse to import some packages, then run the command line."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({list(without)})); "
+    return [sys.executable, "-c", (blocked if without else "") + _MAIN]
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:

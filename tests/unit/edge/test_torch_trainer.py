@@ -140,9 +140,15 @@ def test_a_diverged_training_is_an_error(tiny: TinyVit) -> None:
         )
 
 
-def test_streamed_slices_are_refused_for_now(tiny: TinyVit) -> None:
-    with pytest.raises(SliceError, match="stream"):
-        train(tiny, [0], residency="streamed")
+@pytest.mark.parametrize("walk_batch", [2, 4, 6])
+def test_a_streamed_slice_trains_to_the_same_adapters(tiny: TinyVit, walk_batch: int) -> None:
+    resident = train(tiny, [0, 2], steps=3)
+    streamed = train(
+        tiny, [0, 2], steps=3, residency="streamed", micro_batch=2, walk_batch=walk_batch
+    )
+    assert streamed.first_loss == pytest.approx(resident.first_loss, rel=1e-5)
+    for name, value in resident.adapters.items():
+        np.testing.assert_allclose(streamed.adapters[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_counts_as_the_plain_model_does(tiny: TinyVit) -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.ids import ClientId
-from fedra_server.fitting import Unfit, Work, fit_work, peak_bytes
+from fedra_edge.protocol.slices import Residency
+from fedra_server.fitting import Machine, Unfit, Work, fit_work
 from fedra_server.planning import Candidate, plan_round, round_generator
 from fedra_server.runs import DepthPolicy
 from tests.support.builders import make_model_spec, make_profile, make_run_spec
@@ -27,10 +28,11 @@ def calibration(seconds: float = 0.0001, examples: int = 256) -> Calibration:
     )
 
 
-def need(held: int, examples: int) -> int:
-    """The memory that training ``held`` layers takes on the test machine."""
+def need(held: int, micro_batch: int, residency: Residency = "resident") -> int:
+    """The memory that holding ``held`` layers takes on the test machine."""
     profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE)
-    return peak_bytes(profile, SPEC, make_run_spec(), held=held, trained=held, examples=examples)
+    machine = Machine(profile, calibration(), SPEC, make_run_spec())
+    return machine.peak_bytes(residency, held, micro_batch, walk_batch=micro_batch)
 
 
 def fit(memory_bytes: int, depth: DepthPolicy = "auto", **overrides: float) -> Work | Unfit:
@@ -41,42 +43,46 @@ def fit(memory_bytes: int, depth: DepthPolicy = "auto", **overrides: float) -> W
 def test_ample_memory_gives_all_layers_at_full_depth_and_the_whole_batch() -> None:
     work = fit(2**40)
     assert isinstance(work, Work)
-    assert (work.depth, work.num_layers, work.micro_batch) == ("full", 6, 128)
-    assert work.steps == 2
+    assert (work.depth, work.residency, work.num_layers) == ("full", "resident", 6)
+    assert (work.micro_batch, work.steps) == (128, 2)
 
 
-def test_less_memory_shrinks_the_micro_batch_before_the_depth() -> None:
-    work = fit(need(held=6, examples=128) - 1)
+def test_less_memory_shrinks_the_micro_batch_before_anything_else() -> None:
+    work = fit(need(6, 128) - 1)
     assert isinstance(work, Work)
-    assert (work.depth, work.num_layers, work.micro_batch) == ("full", 6, 64)
+    assert (work.depth, work.residency, work.num_layers) == ("full", "resident", 6)
+    assert work.micro_batch == 64
 
 
-def test_too_little_memory_for_all_layers_gives_reduced_depth() -> None:
-    work = fit(need(held=6, examples=1) - 1)
+def test_too_little_memory_for_all_weights_streams_them_at_full_depth() -> None:
+    work = fit(need(6, 1) - 1)
     assert isinstance(work, Work)
-    assert work.depth == "reduced"
-    assert work.num_layers == 5
+    assert (work.depth, work.residency, work.num_layers) == ("full", "streamed", 6)
 
 
-def test_a_machine_too_small_for_one_layer_is_told_what_it_lacks() -> None:
+def test_a_machine_too_small_for_streaming_is_told_what_it_lacks() -> None:
     unfit = fit(BASELINE)
     assert isinstance(unfit, Unfit)
     assert "a single layer needs" in unfit.reason
-
-
-def test_a_policy_of_full_depth_does_not_fall_back() -> None:
-    unfit = fit(need(held=6, examples=1) - 1, depth="full")
+    unfit = fit(need(6, 1, "streamed") - 1, depth="full")
     assert isinstance(unfit, Unfit)
-    assert "all 6 layers" in unfit.reason
+    assert "6 layers needs" in unfit.reason
 
 
-@given(st.integers(0, 2 * need(held=6, examples=128)), st.sampled_from(["auto", "full", "reduced"]))
+def test_a_run_as_published_skips_layers() -> None:
+    """Streaming is tried only when not even one layer fits resident."""
+    work = fit(need(5, 1), depth="reduced")
+    assert isinstance(work, Work)
+    assert (work.depth, work.residency, work.num_layers) == ("reduced", "resident", 5)
+
+
+@given(st.integers(0, 2 * need(6, 128)), st.sampled_from(["auto", "full", "reduced"]))
 def test_work_never_exceeds_the_memory(memory_bytes: int, depth: DepthPolicy) -> None:
     work = fit(memory_bytes, depth)
     if isinstance(work, Work):
         assert work.predicted_peak_bytes <= memory_bytes
         assert 1 <= work.num_layers <= 6
-        assert 1 <= work.micro_batch <= 128
+        assert 1 <= work.micro_batch <= work.walk_batch <= 128
 
 
 def test_a_short_deadline_means_fewer_steps() -> None:
@@ -117,8 +123,8 @@ def candidates(memories: list[int]) -> list[Candidate]:
 
 def test_a_plan_gives_every_fitting_machine_a_slice_and_can_be_repeated() -> None:
     run = make_run_spec()
-    reduced = need(held=6, examples=1) - 1
-    present = candidates([2**40, 2**40, 2**40, reduced, BASELINE])
+    small = need(6, 1) - 1
+    present = candidates([2**40, 2**40, 2**40, small, BASELINE])
     plan = plan_round(present, SPEC, run, [0] * 6, round_generator(run, 1, 0))
     again = plan_round(present[::-1], SPEC, run, [0] * 6, round_generator(run, 1, 0))
     assert plan == again
@@ -127,8 +133,8 @@ def test_a_plan_gives_every_fitting_machine_a_slice_and_can_be_repeated() -> Non
         trained = [layer for layer in planned.layers if layer.role == "train"]
         assert len(trained) == index + 1
         assert planned.chance == pytest.approx((index + 1) / 6)
-        assert len(planned.layers) == (6 if planned.work.depth == "full" else index + 1)
-    assert plan[3].work.depth == "reduced"
+        assert len(planned.layers) == 6
+    assert plan[3].work.residency == "streamed"
     covered = {item.layer_id for planned in plan for item in planned.layers if item.role == "train"}
     assert covered == set(range(6))
 
