@@ -15,6 +15,7 @@ from tests.support.tiny_vit import LABELS
 
 SIZE_PX = 16
 _HALF = SIZE_PX // 2
+_BRIGHT = 180
 _TRAIN, _TEST = 12, 8
 
 
@@ -60,15 +61,15 @@ def save_image(path: Path, image: NDArray[np.uint8]) -> None:
 
 def draw_image(label: str, generator: np.random.Generator) -> NDArray[np.uint8]:
     """Draw a part: each class is bright in other quarters of a noisy image."""
-    image = generator.integers(0, 110, (SIZE_PX, SIZE_PX, 3))
+    image = generator.integers(0, 60, (SIZE_PX, SIZE_PX, 3))
     match LABELS.index(label):
         case 0:
-            image[:_HALF] += 90
+            image[:_HALF] += _BRIGHT
         case 1:
-            image[:, :_HALF] += 90
+            image[:, :_HALF] += _BRIGHT
         case _:
-            image[:_HALF, :_HALF] += 90
-            image[_HALF:, _HALF:] += 90
+            image[:_HALF, :_HALF] += _BRIGHT
+            image[_HALF:, _HALF:] += _BRIGHT
     return image.astype(np.uint8)
 
 

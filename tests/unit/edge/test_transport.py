@@ -28,7 +28,7 @@ from fedra_edge.errors import (
 )
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
-from fedra_edge.protocol.ids import AssignmentId, ModelId
+from fedra_edge.protocol.ids import AssignmentId, ModelId, UploadId
 from fedra_edge.protocol.messages import DeltaReceipt, Health, Heartbeat, UploadStatus
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.protocol.problems import ProblemCode
@@ -368,6 +368,27 @@ def test_an_upload_that_another_request_holds_is_tried_later(tmp_path: Path) -> 
     done = Reply.of(DeltaReceipt(assignment_id="a1"))
     with serving(scripted(begun, busy, begun, done)) as server, connected(server.url) as (api, _):
         assert api.send_delta(manifest_of(CONTENT), file).assignment_id == "a1"
+
+
+def test_a_delta_damaged_on_its_way_is_sent_again(tmp_path: Path) -> None:
+    file = tmp_path / "delta"
+    file.write_bytes(CONTENT)
+    begun = Reply.of(UploadStatus(upload_id="u1", offset_bytes=0, size_bytes=len(CONTENT)), 201)
+    damaged = Reply.problem(ProblemCode.DIGEST_MISMATCH, 422)
+    done = Reply.of(DeltaReceipt(assignment_id="a1"))
+    script = scripted(begun, damaged, begun, done)
+    with serving(script) as server, connected(server.url) as (api, _):
+        assert api.send_delta(manifest_of(CONTENT), file).assignment_id == "a1"
+
+
+def test_an_upload_tells_where_it_stands() -> None:
+    depot = Depot(limit_bytes=1)
+    depot.held = b"12345"
+    with serving(depot) as server, connected(server.url) as (api, _):
+        assert api.upload_offset(UploadId("u1")) == 5
+        server.script = scripted(Reply(200))
+        with pytest.raises(UnexpectedAnswerError, match="does not say"):
+            api.upload_offset(UploadId("u1"))
 
 
 def test_a_closed_round_is_told(tmp_path: Path) -> None:
