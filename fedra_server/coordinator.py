@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RoundNumber
@@ -19,7 +20,7 @@ from fedra_server.intake import Intake
 from fedra_server.merging import Contributor
 from fedra_server.planning import Candidate, PlannedSlice, plan_round, round_generator
 from fedra_server.publishing import Contribution, merged_revision
-from fedra_server.rounds import RoundStep, next_step
+from fedra_server.rounds import RoundStep, next_step, rest_s
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import (
@@ -168,7 +169,7 @@ class Coordinator:
     def _recruit(
         self, run: RunRecord, current: RoundRecord, assignments: list[AssignmentRecord]
     ) -> bool:
-        """Replace participants that failed or fell silent; past the deadline, extend it."""
+        """Draw others, or again those that rested after a failure; past the deadline, extend."""
         now = self._clock.now()
         is_overdue = now >= current.deadline_at
         online = {client.client_id for client in self._online_clients()}
@@ -177,13 +178,7 @@ class Coordinator:
             for assignment in assignments
             if assignment.state is AssignmentState.PENDING and assignment.client_id not in online
         ]
-        busy = {AssignmentState.PENDING, AssignmentState.ADMITTED}
-        excluded = {
-            assignment.client_id
-            for assignment in assignments
-            if not is_overdue
-            or (assignment.state in busy and assignment.assignment_id not in silent)
-        }
+        excluded = _unavailable(assignments, set(silent), now)
         base = self._store.revision(run.run, current.base_revision)
         planned: list[PlannedSlice] = []
         if run.state is RunState.RUNNING:
@@ -309,3 +304,20 @@ class Coordinator:
             for client in self._store.clients()
             if client.is_online and client.last_seen_at >= oldest
         ]
+
+
+def _unavailable(
+    assignments: list[AssignmentRecord], silent: set[AssignmentId], now: float
+) -> set[ClientId]:
+    """Name the participants that are at work or done, and those that rest after a failure."""
+    at_work = {AssignmentState.PENDING, AssignmentState.ADMITTED}
+    failed = {AssignmentState.FAILED, AssignmentState.REFUSED}
+    failures = Counter(item.client_id for item in assignments if item.state in failed)
+    return {
+        item.client_id
+        for item in assignments
+        if (item.state in at_work and item.assignment_id not in silent)
+        or (
+            item.state in failed and now < (item.settled_at or 0) + rest_s(failures[item.client_id])
+        )
+    }

@@ -1,11 +1,15 @@
-"""The rule that says when a round merges. Pure: states and times in, next step out."""
+"""The rules of a round: when it merges, and when a client that failed may try again. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from enum import Enum, auto
+from typing import Final
 
 from fedra_server.runs import AssignmentState
+
+_FIRST_REST_S: Final = 5.0
+_LONGEST_REST_S: Final = 600.0
 
 
 class RoundStep(Enum):
@@ -30,6 +34,11 @@ def next_step(
     if is_awaiting and not is_overdue:
         return RoundStep.WAIT
     return RoundStep.MERGE if is_enough else RoundStep.RECRUIT
+
+
+def rest_s(failures: int) -> float:
+    """How long a client rests before it is drawn again, after so many failures in a round."""
+    return min(_FIRST_REST_S * 2.0 ** (failures - 1), _LONGEST_REST_S) if failures else 0.0
 
 
 def _count(states: Collection[AssignmentState], wanted: AssignmentState) -> int:

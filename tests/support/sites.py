@@ -61,7 +61,7 @@ def save_image(path: Path, image: NDArray[np.uint8]) -> None:
 
 def draw_image(label: str, generator: np.random.Generator) -> NDArray[np.uint8]:
     """Draw a part: each class is bright in other quarters of a noisy image."""
-    image = generator.integers(0, 60, (SIZE_PX, SIZE_PX, 3))
+    image = generator.integers(0, 15, (SIZE_PX, SIZE_PX, 3))
     match LABELS.index(label):
         case 0:
             image[:_HALF] += _BRIGHT

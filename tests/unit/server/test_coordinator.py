@@ -132,16 +132,17 @@ def test_a_failed_participant_is_replaced_at_once(server: Headless) -> None:
     assert server.states(1)[newcomer] is PENDING
 
 
-def test_a_failed_participant_may_try_again_after_the_deadline(server: Headless) -> None:
+def test_a_failed_participant_tries_again_after_a_rest_that_doubles(server: Headless) -> None:
     with_clients(server, 2)
     server.coordinator.advance()
     server.deliver(server.assignments(1)["client-0"])
-    fail(server, "client-1")
-    assert not server.coordinator.advance()
-    server.clock.time += 100
-    server.store.touch(ClientId("client-1"), server.clock.now())
-    assert server.coordinator.advance()
-    assert server.states(1)["client-1"] is PENDING
+    for rest in (5, 10, 20):
+        fail(server, "client-1")
+        server.clock.time += rest - 1
+        assert not server.coordinator.advance()
+        server.clock.time += 1
+        assert server.coordinator.advance()
+        assert server.states(1)["client-1"] is PENDING
 
 
 def test_a_delta_of_a_given_up_assignment_counts_while_its_round_is_open(

@@ -1,0 +1,87 @@
+"""What the demo shows at its end: accuracy before and after, coverage, traffic and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from rich.console import Group
+from rich.table import Table
+
+from fedra_server.reporting import Accuracy, ClientReport, RunReport
+
+_MEBIBYTE: Final = 2**20
+
+
+def accuracy_table(report: RunReport, budgets: Mapping[str, int]) -> Table:
+    """Compare the untrained revision with the last one, per site and over all examples."""
+    first, last = report.accuracy[0], report.accuracy[-1]
+    table = Table(
+        title=f"Accuracy on held-out images, revision {first.revision} to {last.revision}"
+    )
+    for heading in ("site", "layers", "images", "before", "after", "gain"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for client in _by_name(report, budgets):
+        before, after = first.sites[client.client_id], last.sites[client.client_id]
+        table.add_row(client.name, str(budgets.get(client.name, "")), *_compared(before, after))
+    table.add_section()
+    table.add_row("all", "", *_compared(first.pooled, last.pooled), style="bold")
+    return table
+
+
+def coverage_table(report: RunReport) -> Table:
+    """Tell how often each layer was trained, over all rounds and clients."""
+    table = Table(title="Coverage: deltas merged per layer")
+    table.add_column("layer", justify="right")
+    for layer_id in range(report.num_layers):
+        table.add_column(str(layer_id), justify="right")
+    table.add_row("total", *map(str, report.coverage))
+    per_round = [record.coverage for record in report.rounds]
+    table.add_row(
+        "least in a round", *(str(min(column)) for column in zip(*per_round, strict=True))
+    )
+    table.add_row("most in a round", *(str(max(column)) for column in zip(*per_round, strict=True)))
+    return table
+
+
+def cost_table(report: RunReport, budgets: Mapping[str, int]) -> Table:
+    """Tell what taking part cost each client."""
+    table = Table(title="What it cost each client")
+    for heading in ("site", "received", "sent", "peak memory", "promised", "training"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for client in _by_name(report, budgets):
+        table.add_row(
+            client.name,
+            _size(client.bytes_received),
+            _size(client.bytes_sent),
+            _size(client.peak_memory_bytes),
+            _size(client.predicted_peak_bytes),
+            f"{client.train_s:.1f} s",
+        )
+    return table
+
+
+def all_tables(report: RunReport, budgets: Mapping[str, int]) -> Group:
+    """Put the tables below each other."""
+    return Group(
+        accuracy_table(report, budgets), coverage_table(report), cost_table(report, budgets)
+    )
+
+
+def _by_name(report: RunReport, budgets: Mapping[str, int]) -> list[ClientReport]:
+    order = list(budgets)
+    return sorted(report.clients, key=lambda client: order.index(client.name))
+
+
+def _compared(before: Accuracy, after: Accuracy) -> tuple[str, str, str, str]:
+    gain = 100 * (after.accuracy - before.accuracy)
+    return (
+        str(after.num_examples),
+        f"{before.accuracy:.1%}",
+        f"{after.accuracy:.1%}",
+        f"{gain:+.1f}",
+    )
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / _MEBIBYTE:,.1f} MiB"
