@@ -6,63 +6,37 @@ so a piece read from a memory-mapped file costs no copy.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.models.vit.configuration_vit import ViTConfig
-from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer
-from typing_extensions import override
 
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.ids import LayerId
-from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, TensorKey
+from fedra_edge.protocol.layers import HEAD, TensorKey
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.tensors import FloatArray
-
-_ATTENTION: Final = "sdpa"
-"""What from_pretrained chooses for these models; anything else would give other roundings."""
-
-_PEFT_NAMES: Final = {LORA_A: "lora_A.default.weight", LORA_B: "lora_B.default.weight"}
-
-
-class ViTHead(nn.Module):
-    """Final norm and classifier on the first token, as in ViTForImageClassification."""
-
-    def __init__(self, config: ViTConfig, num_labels: int) -> None:
-        super().__init__()
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
-
-    @override
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map (examples, tokens, width) to logits (examples, labels)."""
-        logits: Tensor = self.classifier(self.layernorm(hidden)[:, 0, :])
-        return logits
+from fedra_edge.training.torch_lora import attach_adapter
+from fedra_edge.training.torch_vit import VitBlock, VitHead, VitSettings, VitStem
 
 
 @dataclass(frozen=True)
 class Builders:
-    """How to build a family's pieces from its configuration."""
+    """How to build a family's pieces from its settings."""
 
-    configuration: Callable[[Mapping[str, Any]], Any]
-    stem: Callable[[Any], nn.Module]
-    block: Callable[[Any], nn.Module]
-    head: Callable[[Any, int], nn.Module]
-
-
-def _vit_config(values: Mapping[str, Any]) -> ViTConfig:
-    return ViTConfig.from_dict(dict(values), attn_implementation=_ATTENTION)
+    settings: type[VitSettings]
+    stem: Callable[[VitSettings], nn.Module]
+    block: Callable[[VitSettings], nn.Module]
+    head: Callable[[VitSettings, int], nn.Module]
 
 
-_BUILDERS: Final = {"vit": Builders(_vit_config, ViTEmbeddings, ViTLayer, ViTHead)}
+_BUILDERS: Final = {"vit": Builders(VitSettings, VitStem, VitBlock, VitHead)}
 
 
 def build_stem(spec: ModelSpec) -> nn.Module:
@@ -82,18 +56,16 @@ def build_block(spec: ModelSpec, adapter: AdapterSpec) -> nn.Module:
     Raises:
         SliceError: A target is no linear module of the block.
     """
-    block = _built(spec, _builders(spec).block)
     for target in adapter.targets:
         if target not in spec.block_linears:
             raise SliceError(f"{target!r} is no linear module of a block of model {spec.name}")
-    exactly = "|".join(re.escape(target) for target in adapter.targets)  # peft uses fullmatch
-    lora = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft only divides it by r
-        target_modules=exactly,
-    )
-    inject_adapter_in_model(lora, block, low_cpu_mem_usage=True)
-    return block.requires_grad_(requires_grad=False)
+
+    def adapted(settings: VitSettings) -> nn.Module:
+        block = _builders(spec).block(settings)
+        attach_adapter(block, adapter)
+        return block
+
+    return _built(spec, adapted)
 
 
 def read_piece(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -145,9 +117,8 @@ def block_state(
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    adapted = {parameter_name(TensorKey.parse(name)): value for name, value in adapters.items()}
-    targets = {name.rpartition(".lora_A.")[0] for name in adapted if ".lora_A." in name}
-    state = {_base_name(name, targets): value for name, value in weights.items()} | adapted
+    own = {TensorKey.parse(name).name: value for name, value in adapters.items()}
+    state = dict(weights) | own
     _check_state(block, state, f"layer {layer_id}")
     return state
 
@@ -180,18 +151,6 @@ def fill_head(
     _fill(head, dict(weights) | trained, "the head")
 
 
-def parameter_name(key: TensorKey) -> str:
-    """Name the parameter that holds an adapter tensor inside its piece's module."""
-    module, _, last = key.name.rpartition(".")
-    return f"{module}.{_PEFT_NAMES[last]}" if last in _PEFT_NAMES else key.name
-
-
-def _base_name(name: str, targets: set[str]) -> str:
-    """Name a frozen weight in a block whose adapted modules are wrapped by peft."""
-    module, _, last = name.rpartition(".")
-    return f"{module}.base_layer.{last}" if module in targets else name
-
-
 def _builders(spec: ModelSpec) -> Builders:
     if spec.family not in _BUILDERS:
         known = ", ".join(_BUILDERS)
@@ -202,10 +161,16 @@ def _builders(spec: ModelSpec) -> Builders:
     return _BUILDERS[spec.family]
 
 
-def _built(spec: ModelSpec, build: Callable[[Any], nn.Module]) -> nn.Module:
-    config = _builders(spec).configuration(spec.config)
+def _built(spec: ModelSpec, build: Callable[[VitSettings], nn.Module]) -> nn.Module:
+    try:
+        settings = _builders(spec).settings.model_validate(spec.config)
+    except ValidationError as error:
+        raise SliceError(
+            f"this client cannot build model {spec.name}: {error.errors()[0]['msg']}",
+            remedy="Update fedra on this machine.",
+        ) from error
     with torch.device("meta"):
-        module = build(config)
+        module = build(settings)
     return module.eval().requires_grad_(requires_grad=False)
 
 

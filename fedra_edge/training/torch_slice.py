@@ -20,7 +20,6 @@ from fedra_edge.training.torch_blocks import (
     fill_block,
     fill_head,
     fill_stem,
-    parameter_name,
     read_piece,
 )
 from fedra_edge.training.trainer import SliceWork
@@ -134,7 +133,7 @@ class TorchSlice(nn.Module):
     def _mark_trained(self, names: Collection[str], layer_ids: tuple[LayerId, ...]) -> None:
         for name in sorted(names):
             key = TensorKey.parse(name)
-            parameter = self._piece(key).get_parameter(parameter_name(key))
+            parameter = self._piece(key).get_parameter(key.name)
             parameter.requires_grad = True
             self.trained[name] = parameter
         self._first_trained = min(self.positions.position_of(layer_id) for layer_id in layer_ids)

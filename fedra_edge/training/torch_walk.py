@@ -28,7 +28,6 @@ from fedra_edge.training.torch_blocks import (
     build_stem,
     fill_head,
     fill_stem,
-    parameter_name,
     read_piece,
 )
 from fedra_edge.training.trainer import SliceWork
@@ -126,7 +125,7 @@ class StreamedSlice:
 
     def _mark_head(self) -> None:
         for name in self._work.spec.head_shapes():
-            parameter = self._head.get_parameter(parameter_name(TensorKey.parse(name)))
+            parameter = self._head.get_parameter(TensorKey.parse(name).name)
             parameter.requires_grad = True
             self.trained[name] = parameter
 

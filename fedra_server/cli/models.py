@@ -79,7 +79,7 @@ def _register(path: Path, name: str, blobs: BlobStore) -> ModelSpec:
             raise
         raise ConfigurationError(
             f"registering a model needs {error.name}",
-            remedy='pip install "fedra[torch,server]"',
+            remedy='pip install "fedra[modelbook,server]"',
         ) from error
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedra_server.reporting import RunReport
@@ -31,12 +33,12 @@ _STYLE: Final = {
 
 def draw_report(report: RunReport, budgets: Mapping[str, int], path: Path) -> None:
     """Draw both charts side by side into a PNG file."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(14, 5.6), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.06)
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are typed one by one
+        figure = Figure(figsize=(14, 5.6), dpi=150, layout=layout)
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _draw_accuracy(left, report, budgets)
         _draw_coverage(figure, right, report)
-        figure.get_layout_engine().set(wspace=0.06, w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr]  # set by layout=
         figure.savefig(path)
 
 
@@ -51,14 +53,12 @@ def _draw_accuracy(axes: Axes, report: RunReport, budgets: Mapping[str, int]) ->
         ]
         colour = _COLOURS[order.index(names[client_id]) % len(_COLOURS)]
         label = f"{names[client_id]} ({budgets[names[client_id]]} of {report.num_layers} layers)"
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, linewidth=1.6, label=label, clip_on=False
+        )
     pooled = [(entry.revision, entry.pooled.accuracy) for entry in report.accuracy]
-    axes.plot(*zip(*pooled, strict=True), color=_INK, linewidth=3, label="all held-out images")
-    for (revision, accuracy), offset in ((pooled[0], (6, 8)), (pooled[-1], (-4, 9))):
-        axes.annotate(
-            f"{accuracy:.0%}", (revision, accuracy), offset, textcoords="offset points",
-            fontweight="bold", ha="left" if offset[0] > 0 else "right",
-        )  # fmt: skip
+    axes.plot(*zip(*pooled, strict=True), color=_INK, linewidth=3, label="all sites", clip_on=False)
+    _name_ends(axes, pooled)
     axes.set_title("Accuracy on each site's own held-out images", loc="left", fontweight="bold")
     axes.set_xlabel("revision")
     axes.set_ylim(0, 1)
@@ -72,10 +72,24 @@ def _draw_accuracy(axes: Axes, report: RunReport, budgets: Mapping[str, int]) ->
     axes.legend(loc="lower right", frameon=False, fontsize=9, ncols=2)
 
 
+def _name_ends(axes: Axes, pooled: Sequence[tuple[int, float]]) -> None:
+    """Write the first and the last accuracy beside the ends of the pooled curve."""
+    for (revision, accuracy), offset in ((pooled[0], (8, -10)), (pooled[-1], (6, -4))):
+        axes.annotate(
+            f"{accuracy:.0%}",
+            (revision, accuracy),
+            offset,
+            textcoords="offset points",
+            fontweight="bold",
+            annotation_clip=False,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
+
+
 def _draw_coverage(figure: Figure, axes: Axes, report: RunReport) -> None:
     columns = [record.coverage for record in report.rounds]
     most = max((max(column) for column in columns), default=1)
-    colours = mpl.colormaps["YlGnBu"].resampled(most + 1)
+    colours = mpl.colormaps["Blues"].resampled(most + 1)
     image = axes.imshow(
         list(zip(*columns, strict=True)),
         aspect="auto", cmap=colours, vmin=-0.5, vmax=most + 0.5, origin="lower",
@@ -92,5 +106,5 @@ def _draw_coverage(figure: Figure, axes: Axes, report: RunReport) -> None:
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, ticks=range(most + 1), shrink=0.9, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # typed as if it were callable
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

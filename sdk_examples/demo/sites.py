@@ -135,9 +135,9 @@ def coloured(ink: Ink, generator: np.random.Generator) -> Picture:
 
 def textured(ink: Ink, generator: np.random.Generator) -> Picture:
     """Dark paint on rough, blotchy metal."""
-    blotches = Image.fromarray(generator.integers(60, 256, (6, 6), dtype=np.uint8))
+    blotches = Image.fromarray(generator.integers(110, 256, (6, 6), dtype=np.uint8))
     large = blotches.resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC)
-    grain = generator.normal(0, 22, (SIZE_PX, SIZE_PX)).astype(np.float32)
+    grain = generator.normal(0, 18, (SIZE_PX, SIZE_PX)).astype(np.float32)
     metal = np.asarray(large, dtype=np.float32) + grain
     return _paint(ink, metal[..., None] * _colour(1.0, 0.95, 0.85), _colour(20, 25, 45))
 

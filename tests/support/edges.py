@@ -119,8 +119,9 @@ class EdgeProcess:
         psutil.Process(self._process.pid).suspend()
 
     def thaw(self) -> None:
-        """Let a frozen one go on."""
-        psutil.Process(self._process.pid).resume()
+        """Let a frozen one go on; changes nothing for others."""
+        if self.is_running:
+            psutil.Process(self._process.pid).resume()
 
     def _read(self) -> None:
         output = self._process.stdout

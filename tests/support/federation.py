@@ -146,6 +146,11 @@ class Federation:
         port = int(self.url.rpartition(":")[2])
         self.server = start_server(self.home.path, port=port, without=NO_FRAMEWORK)
 
+    def have_server(self) -> None:
+        """Start the server again if it does not run."""
+        if self.server.process.poll() is not None:
+            self.start_server_again()
+
     def end_runs(self) -> None:
         """Stop every run that is not over."""
         for run in self.store.runs():

@@ -22,13 +22,13 @@ from fedra_edge.protocol.models import AdapterSpec, BlobRef, ModelSpec, Shape
 from fedra_edge.protocol.slices import LayerRole, RevisionManifest, SliceManifest, TrainingSpec
 from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_edge.slicing import materialize
-from fedra_edge.training.torch_blocks import parameter_name
 from fedra_edge.training.trainer import SliceWork
 from fedra_server.modelbook.registering import register_model
 from fedra_server.storage.blobs import BlobStore
 
 LABELS = ("bolt", "nut", "washer")
 NUM_LAYERS = 4
+_PEFT_NAMES = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
 ADAPTER = AdapterSpec(rank=2, alpha=4.0, targets=("attention.o_proj", "mlp.fc2"))
 
 
@@ -148,7 +148,9 @@ def reference_parameter(
 ) -> nn.Parameter:
     """Find an adapter tensor in a reference model."""
     prefix = "" if key.layer_id is None else f"vit.layers.{positions[key.layer_id]}."
-    return model.get_parameter(prefix + parameter_name(key))
+    module, _, last = key.name.rpartition(".")
+    own = f"{module}.{_PEFT_NAMES[last]}" if last in _PEFT_NAMES else key.name
+    return model.get_parameter(prefix + own)
 
 
 def _moved(name: str, moved: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.models import AdapterSpec
 from fedra_edge.training.torch_blocks import build_block, build_stem
+from fedra_edge.training.torch_lora import LoraLinear
 from fedra_edge.training.torch_slice import TorchSlice
 from fedra_edge.training.trainer import SliceWork
 from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data
@@ -73,11 +74,7 @@ def test_nothing_below_the_lowest_trained_layer_keeps_activations(tiny: TinyVit)
 
 def test_adapters_never_hit_the_patch_embedding(tiny: TinyVit) -> None:
     loaded = TorchSlice.load(tiny.work([0, 1, 2, 3]), CPU)
-    wrapped = {
-        name.rpartition(".base_layer")[0]
-        for name, _ in loaded.named_modules()
-        if name.endswith(".base_layer")
-    }
+    wrapped = {name for name, module in loaded.named_modules() if isinstance(module, LoraLinear)}
     assert wrapped == {
         f"layers.{position}.{target}" for position in range(4) for target in ADAPTER.targets
     }

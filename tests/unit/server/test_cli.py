@@ -294,7 +294,7 @@ def test_adding_a_model_without_torch_tells_what_to_install(tmp_path: Path) -> N
     assert run("init").returncode == 0
     outcome = run("model", "add", "vit", str(tmp_path))
     assert outcome.returncode == ExitCode.CONFIGURATION, outcome.stderr
-    assert 'pip install "fedra[torch,server]"' in outcome.stderr
+    assert 'pip install "fedra[modelbook,server]"' in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 

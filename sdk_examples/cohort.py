@@ -1,0 +1,59 @@
+"""A whole cohort on one machine: ``python cohort.py MODEL SITES HOME``.
+
+MODEL is the directory of a transformers model, SITES holds one folder of images per client and
+HOME is a new directory for everything that is kept. The server is a process of its own, as at
+headquarters; the clients share this one.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from fedra_edge import EdgeClient, join
+
+RUN, ROUNDS = "trial", 3
+
+
+def command(home: Path, *arguments: str) -> list[str]:
+    """Spell a fedra-server command that works on this home."""
+    return [sys.executable, "-m", "fedra_server", *arguments, "--home", str(home)]
+
+
+def prepare(home: Path, model: Path, participants: int) -> None:
+    """Make a server home with one model and one run that is started."""
+    size = ("--rounds", str(ROUNDS), "--min-participants", str(participants), "--batch-size", "16")
+    for arguments in (
+        ("init",),
+        ("model", "add", "model", str(model)),
+        ("run", "create", RUN, "--model", "model", "--start", *size),
+    ):
+        subprocess.run(command(home, *arguments), check=True)
+
+
+def main(model: str, sites: str, place: str) -> None:
+    """Tune at all sites and print what it brought."""
+    home, folders = (
+        Path(place) / "server",
+        sorted(it for it in Path(sites).iterdir() if it.is_dir()),
+    )
+    prepare(home, Path(model), len(folders))
+    clients: list[EdgeClient] = []
+    serve = command(home, "serve", "--port", "0")
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, encoding="utf-8") as server:
+        try:
+            told = server.stdout.readline() if server.stdout else ""
+            url = told.split()[-1]  # "fedra-server listening on URL"
+            for data in folders:
+                own = Path(place) / "clients" / data.name
+                clients.append(join(url, data=data, name=data.name, run=RUN, home=own, threads=1))
+            for client in clients:
+                client.wait()
+        finally:
+            for client in clients:
+                client.stop()
+            server.terminate()
+    subprocess.run(command(home, "run", "status", RUN), check=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

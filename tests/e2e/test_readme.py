@@ -1,0 +1,124 @@
+"""The README's commands and its Python, run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.edges import wait_until
+from tests.support.sites import write_folder
+from tests.support.tiny_vit import build_vit
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:8470"
+
+
+def commands(section: int) -> list[list[str]]:
+    """Give the words of each command in a shell block of the part 'By hand'."""
+    by_hand = README.partition("## By hand")[2]
+    blocks = re.findall(r"```sh\n(.*?)```", by_hand, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in blocks[section].splitlines()]
+    return [words for words in lines if words and words[0] != "pip"]
+
+
+class Desk:
+    """The directory in which a newcomer types the commands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.url = ADDRESS
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def _argv(self, words: list[str]) -> list[str]:
+        module = {"fedra-server": "fedra_server", "fedra-edge": "fedra_edge"}[words[0]]
+        rest = [word.replace(ADDRESS, self.url) for word in words[1:]]
+        return [sys.executable, "-m", module, *rest]
+
+    def _environment(self) -> dict[str, str]:
+        """Any free port, and homes inside the desk instead of the user's own."""
+        return os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "FEDRA_SERVER_PORT": "0",
+            "FEDRA_EDGE_HOME": str(self.path / "edge-home"),
+        }
+
+    def run(self, words: list[str]) -> str:
+        """Run a command to its end and give what it prints."""
+        done = subprocess.run(
+            self._argv(words), cwd=self.path, env=self._environment(), check=False,
+            capture_output=True, encoding="utf-8", timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, words: list[str]) -> None:
+        """Run a command in the background."""
+        log = self.path / f"{words[1]}-{len(self.running)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                self._argv(words), cwd=self.path, env=self._environment(),
+                stdout=output, stderr=output,
+            )  # fmt: skip
+        self.running.append(process)
+
+    def close(self) -> None:
+        for process in self.running[::-1]:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    build_vit().save_pretrained(tmp_path / "path" / "to" / "model")
+    write_folder(tmp_path / "images", seed=1)
+    desk = Desk(tmp_path)
+    yield desk
+    desk.close()
+
+
+def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
+    *prepare, serve = commands(0)
+    for words in prepare:
+        desk.run(words)
+    desk.start(serve)
+    place = desk.path / "hq" / "server.json"
+    wait_until("the server listens", place.exists)
+    desk.url = json.loads(place.read_text(encoding="utf-8"))["url"]
+
+    profile, join = commands(1)
+    desk.run(profile)
+    desk.start(join)
+    second_site = [word.replace("plant-7", "plant-8") for word in join]
+    desk.start([*second_site, "--home", "second-home"])
+
+    status, export, evaluate = commands(2)
+
+    def is_over() -> bool:
+        return bool(json.loads(desk.run([*status, "--json"]))["state"] == "finished")
+
+    wait_until("the run is over", is_over, timeout_s=200)
+    desk.run(status)
+    desk.run(export)
+    counts = json.loads(desk.run([*evaluate, "--json"]))
+    assert counts["num_correct"] > counts["num_examples"] / 3
+
+
+def test_the_python_of_the_readme_runs(desk: Desk) -> None:
+    snippet = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=desk.path, env=desk._environment(), check=False,
+        capture_output=True, encoding="utf-8", timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in {"starting", "connecting"}
