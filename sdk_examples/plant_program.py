@@ -1,7 +1,7 @@
 """Tuning inside a program that has other work: ``python plant_program.py SERVER DATA [SECONDS]``.
 
-The control loop below must run every 20 ms, whatever happens. The client trains in a thread of
-its own at the same time, rests while the line is busy, and is stopped with the program.
+The control loop below must run every 20 ms, whatever happens. The client trains in its own
+thread, rests while the line is busy, and is stopped with the program.
 """
 
 import sys
@@ -11,17 +11,17 @@ import time
 from fedra_edge import Phase, join
 
 PERIOD_S = 0.02
-BUSY_EVERY, BUSY_FOR = 500, 50
+BUSY_EVERY, BUSY_FOR = 500, 50  # cycles
 
 
 class ControlLoop:
-    """Stands for the plant's own work; remembers how late it was at worst."""
+    """The plant's own work; remembers how late it was at worst."""
 
     def __init__(self) -> None:
         self.cycles = 0
         self.worst_delay_s = 0.0
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="control")
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
@@ -43,7 +43,7 @@ class ControlLoop:
 
 
 def main(server: str, data: str, seconds: str = "inf") -> None:
-    """Run control loop and client side by side until the time or the run is over."""
+    """Run both side by side until the time or the run is over."""
     control = ControlLoop()
     end = time.monotonic() + float(seconds)
     try:
@@ -52,7 +52,7 @@ def main(server: str, data: str, seconds: str = "inf") -> None:
                 client.pause() if control.is_line_busy else client.resume()
     finally:
         control.stop()
-    print(f"{control.cycles} control cycles, worst delay {control.worst_delay_s * 1000:.0f} ms")
+    print(f"{control.cycles} cycles, worst delay {control.worst_delay_s * 1000:.0f} ms")
     print(f"client {client.status.phase}, {client.status.rounds_contributed} rounds contributed")
     sys.exit(client.status.phase is not Phase.STOPPED)
 

@@ -62,7 +62,7 @@ class TorchTrainer:
         """
         started = time.perf_counter()
         manifest = work.manifest
-        loaded = _load(work, self._device)
+        loaded = load_slice(work, self._device)
         optimizer = _optimizer(manifest.training, loaded.trained.values())
         losses: list[float] = []
         for batch in draw_batches(
@@ -96,7 +96,12 @@ class TorchTrainer:
         return evaluate_blockwise(model, data, should_stop, self._device)
 
 
-def _load(work: SliceWork, device: torch.device) -> TrainableSlice:
+def load_slice(work: SliceWork, device: torch.device) -> TrainableSlice:
+    """Make a slice ready to train, in memory or streamed from its files, as the manifest says.
+
+    Raises:
+        SliceError: The pieces do not fit the model.
+    """
     if work.manifest.residency == "resident":
         return TorchSlice.load(work, device)
     return_freed_memory()

@@ -1,0 +1,117 @@
+"""One way of training ViT-B/16 in a fresh process: a few steps, timed, and the peak memory.
+
+``python -m tests.bench.stepping WAY MICRO_BATCH`` takes a step for every line it reads and
+answers with the step's seconds and the peak memory of the process so far.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from tests.bench import vit_base
+
+WAYS: Final = ("plain", "resident", "reduced 4", "streamed")
+
+
+class Stepper:
+    """A fresh process that takes steps when asked to."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def step(self) -> tuple[float, int]:
+        """Take a step; give its duration in seconds and the peak memory so far in bytes."""
+        sender, answers = self._process.stdin, self._process.stdout
+        assert sender is not None
+        assert answers is not None
+        sender.write("\n")
+        sender.flush()
+        seconds, peak_bytes = json.loads(answers.readline())
+        return seconds, peak_bytes
+
+
+@contextmanager
+def stepper(way: str, micro_batch: int) -> Iterator[Stepper]:
+    """Start a process for one way of training."""
+    command = [sys.executable, "-m", "tests.bench.stepping", way, str(micro_batch)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8") as process:
+        try:
+            yield Stepper(process)
+        finally:
+            process.terminate()
+
+
+def _plain_step() -> Callable[[], None]:
+    """Train with transformers, peft and ordinary autograd, as one does without this project."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import ViTForImageClassification
+
+    model = ViTForImageClassification.from_pretrained(vit_base.PLACE / "hf").train()
+    lora = LoraConfig(
+        r=8, lora_alpha=8, target_modules=r".*\.(attention\.o_proj|mlp\.fc2)",
+        modules_to_save=["classifier"],
+    )  # fmt: skip
+    adapted = get_peft_model(model, lora)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
+    images = torch.randn(vit_base.BATCH_SIZE, 3, 224, 224)
+    labels = torch.zeros(vit_base.BATCH_SIZE, dtype=torch.long)
+
+    def step() -> None:
+        adapted(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
+    import torch
+
+    from fedra_edge.training.torch_trainer import load_slice
+
+    is_reduced = way.startswith("reduced")
+    trained = [0, 4, 8, 11] if is_reduced else list(range(12))
+    work = vit_base.slice_work(
+        trained,
+        "reduced" if is_reduced else "full",
+        "streamed" if way == "streamed" else "resident",
+        micro_batch,
+    )
+    loaded = load_slice(work, torch.device("cpu"))
+    optimizer = torch.optim.SGD(list(loaded.trained.values()), lr=0.01, momentum=0.9)
+    images = torch.randn(vit_base.BATCH_SIZE, 3, 224, 224)
+    labels = torch.zeros(vit_base.BATCH_SIZE, dtype=torch.long)
+
+    def step() -> None:
+        loaded.accumulate(
+            torch.split(images, micro_batch), torch.split(labels, micro_batch), len(images)
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _serve(way: str, micro_batch: int) -> None:
+    import time
+
+    from fedra_edge.profiling import peak_memory_bytes
+
+    step = _plain_step() if way == "plain" else _slice_step(way, micro_batch)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step()
+        told = [time.perf_counter() - started, peak_memory_bytes()]
+        print(json.dumps(told), flush=True)  # noqa: T201 - the answer
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))
