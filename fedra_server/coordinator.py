@@ -57,6 +57,7 @@ class Coordinator:
         self.intake = Intake(store, home, config, clock, self._merging)
         self._wakeup = threading.Event()
         self._stopping = threading.Event()
+        self._states_seen: dict[str, RunState] = {}
         self._listeners: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._loop, name="coordinator")
 
@@ -83,7 +84,7 @@ class Coordinator:
         while not self._stopping.is_set():
             self._wakeup.clear()
             try:
-                if self.advance():
+                if self.advance() or self._was_steered():
                     for listener in self._listeners:
                         listener()
             except Exception:
@@ -93,6 +94,12 @@ class Coordinator:
     def advance(self) -> bool:
         """Take every active run as far as it can go now; tell whether anything changed."""
         return sum(self._advance_run(run) for run in self._store.runs()) > 0
+
+    def _was_steered(self) -> bool:
+        """Tell whether any run is in another state than when this was last asked."""
+        before = self._states_seen
+        self._states_seen = {run.run: run.state for run in self._store.runs()}
+        return self._states_seen != before
 
     def _advance_run(self, run: RunRecord) -> bool:
         """Step until the run waits; what fails is tried again, and keeps no other run waiting."""

@@ -151,6 +151,19 @@ def fill_head(
     _fill(head, dict(weights) | trained, "the head")
 
 
+def allocate(module: nn.Module, device: torch.device) -> nn.Module:
+    """Give an unfilled module memory with arbitrary content.
+
+    ``Module.to_empty`` would do, but imports PyTorch's symbolic shapes, some 40 MB.
+    """
+    state = {
+        name: torch.empty(tensor.shape, device=device)
+        for name, tensor in module.state_dict().items()
+    }
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
+
+
 def _builders(spec: ModelSpec) -> Builders:
     if spec.family not in _BUILDERS:
         known = ", ".join(_BUILDERS)

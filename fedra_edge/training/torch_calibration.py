@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
-from fedra_edge.training.torch_blocks import build_block, build_stem
+from fedra_edge.training.torch_blocks import allocate, build_block, build_stem
+from fedra_edge.training.torch_vit import VitBlock, VitHead, VitSettings, VitStem
 from fedra_edge.training.trainer import BlockTiming
 
 _BUDGET_S: Final = 0.8
@@ -26,7 +27,7 @@ def time_block(spec: ModelSpec, device: torch.device) -> BlockTiming:
     """
     generator = torch.Generator(device).manual_seed(0)
     block = _random_block(spec, device, generator)
-    shape = _hidden_shape(spec)
+    shape = _hidden_shape(spec, device)
     started = time.perf_counter()
     _time_once(block, _random((1, *shape), device, generator))  # warms caches and thread pools
     single_s = max(1e-6, sum(_time_once(block, _random((1, *shape), device, generator))))
@@ -42,9 +43,27 @@ def time_block(spec: ModelSpec, device: torch.device) -> BlockTiming:
     )
 
 
+def warm_up(device: torch.device) -> None:
+    """Make PyTorch load what it loads at first use, so that a measured idle process has it."""
+    settings = VitSettings(
+        hidden_size=16, num_attention_heads=2, intermediate_size=16, image_size=4, patch_size=2,
+        num_channels=3,
+    )  # fmt: skip
+    with torch.device("meta"):  # without drawing random numbers
+        pieces = nn.Sequential(VitStem(settings), VitBlock(settings), VitHead(settings, 2))
+    for parameter in allocate(pieces, device).parameters():
+        nn.init.zeros_(parameter)
+    images = torch.zeros(2, 3, 4, 4, device=device)
+    loss = nn.functional.cross_entropy(
+        pieces(images), torch.zeros(2, dtype=torch.long, device=device)
+    )
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    nn.utils.clip_grad_norm_(pieces.parameters(), 1.0)
+
+
 def _random_block(spec: ModelSpec, device: torch.device, generator: torch.Generator) -> nn.Module:
     adapter = AdapterSpec(targets=spec.default_targets)
-    block = build_block(spec, adapter).to_empty(device=device)
+    block = allocate(build_block(spec, adapter), device)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             parameter.uniform_(-_SPREAD, _SPREAD, generator=generator)
@@ -52,11 +71,12 @@ def _random_block(spec: ModelSpec, device: torch.device, generator: torch.Genera
     return block
 
 
-def _hidden_shape(spec: ModelSpec) -> tuple[int, ...]:
-    """Ask the stem for the shape of its output, without computing it."""
+@torch.no_grad()
+def _hidden_shape(spec: ModelSpec, device: torch.device) -> tuple[int, ...]:
+    """Ask an unfilled stem for the shape of its output for one example."""
     size_px = spec.input.size_px
-    image = torch.empty(1, spec.input.channels, size_px, size_px, device="meta")
-    hidden: Tensor = build_stem(spec)(image)
+    image = torch.zeros(1, spec.input.channels, size_px, size_px, device=device)
+    hidden: Tensor = allocate(build_stem(spec), device)(image)
     return tuple(hidden.shape[1:])
 
 
@@ -70,7 +90,7 @@ def _time_once(block: nn.Module, hidden: Tensor) -> tuple[float, float]:
     output: Tensor = block(hidden)
     _wait_for(hidden.device)
     middle = time.perf_counter()
-    output.backward(torch.ones_like(output))  # type: ignore[no-untyped-call]  # unannotated
+    output.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
     _wait_for(hidden.device)
     return middle - started, time.perf_counter() - middle
 

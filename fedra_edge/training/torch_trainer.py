@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.errors import SliceError, TrainingInterrupted
 from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.models import ModelSpec
-from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.training.allocator import return_freed_memory
 from fedra_edge.training.sampling import draw_batches
-from fedra_edge.training.torch_calibration import time_block
+from fedra_edge.training.torch_calibration import time_block, warm_up
 from fedra_edge.training.torch_evaluation import evaluate_blockwise
+from fedra_edge.training.torch_optimizers import build_optimizer
 from fedra_edge.training.torch_slice import TorchSlice, TrainableSlice
 from fedra_edge.training.torch_walk import StreamedSlice
 from fedra_edge.training.trainer import (
@@ -39,6 +39,7 @@ class TorchTrainer:
     def __init__(self, device: torch.device | None = None) -> None:
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(found) if device is None else device
+        warm_up(self._device)
 
     @property
     def backend(self) -> Backend:
@@ -63,7 +64,7 @@ class TorchTrainer:
         started = time.perf_counter()
         manifest = work.manifest
         loaded = load_slice(work, self._device)
-        optimizer = _optimizer(manifest.training, loaded.trained.values())
+        optimizer = build_optimizer(manifest.training, loaded.trained.values())
         losses: list[float] = []
         for batch in draw_batches(
             data.train_indices, manifest.training.batch_size, manifest.steps, manifest.seed
@@ -73,7 +74,6 @@ class TorchTrainer:
             losses.append(_accumulate(loaded, work, data, batch))
             nn.utils.clip_grad_norm_(loaded.trained.values(), manifest.training.clip_norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             on_step(len(losses), manifest.steps, losses[-1])
         return TrainedSlice(
             adapters=loaded.trained_values(),
@@ -131,16 +131,3 @@ def _accumulate(
 
 def _parts(batch: NDArray[np.int64], size: int) -> Sequence[NDArray[np.int64]]:
     return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-
-def _optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-    )

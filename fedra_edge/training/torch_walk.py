@@ -107,7 +107,7 @@ class StreamedSlice:
             for index, hidden in enumerate(entering):
                 hidden.requires_grad_(bool(kept))
                 output = functional_call(self._block, state, (hidden,))
-                torch.autograd.backward(output, gradients[index])
+                _pull(output, gradients[index])
                 if kept:
                     gradients[index] = _taken(hidden)
 
@@ -136,6 +136,14 @@ class StreamedSlice:
 
     def _read(self, piece: str) -> dict[str, Tensor]:
         return read_piece(self._weights[piece], self._device)
+
+
+def _pull(output: Tensor, gradient: Tensor) -> None:
+    """Pull a gradient back through what made the output.
+
+    ``Tensor.backward(gradient)`` would do, but imports PyTorch's symbolic shapes, some 40 MB.
+    """
+    torch.sum(output * gradient).backward()  # type: ignore[no-untyped-call]  # unannotated
 
 
 def _taken(hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedra_server.reporting import RunReport
+from sdk_examples.demo.following import Standing
 from sdk_examples.demo.processes import DemoError, run_command
 from sdk_examples.demo.running import BUDGETS, Outcome, Workplace, run_cohort
 from sdk_examples.demo.sites import Site, make_sites
@@ -24,7 +24,7 @@ _CONSOLE: Final = Console(highlight=False)
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="How many rounds to tune.")] = 25,
+    rounds: Annotated[int, typer.Option(min=1, help="How many rounds to tune.")] = 20,
     out: Annotated[Path, typer.Option(help="Where to put everything.")] = Path("demo-output"),
 ) -> None:
     """Tune a vision transformer on six sites' handwriting; no image leaves its site."""
@@ -80,14 +80,16 @@ def _pretrain() -> Path:
 def _tune(place: Workplace, model: Path, sites: Sequence[Site], rounds: int) -> Outcome:
     with _progress() as progress:
         task = progress.add_task("Tuning at six sites", total=rounds, note="starting programs")
+        seen: list[int | None] = []
 
-        def show(report: RunReport) -> None:
-            note = "waiting for the clients"
-            if report.accuracy:
-                note = f"accuracy {report.accuracy[-1].pooled.accuracy:.1%}"
-            progress.update(task, completed=report.rounds_published, note=note)
-            if not _CONSOLE.is_terminal:
-                _CONSOLE.print(f"round {report.rounds_published} of {rounds}: {note}")
+        def show(standing: Standing) -> None:
+            note = f"{standing.clients_ready} of {len(sites)} clients have joined"
+            if standing.revision is not None:
+                note = f"accuracy {standing.accuracy:.1%}"
+            if standing.revision != (seen[-1] if seen else None) and not _CONSOLE.is_terminal:
+                _CONSOLE.print(f"revision {standing.revision} of {rounds}: {note}")
+            seen[:] = [standing.revision]
+            progress.update(task, completed=standing.revision or 0, note=note)
 
         return run_cohort(place, model, sites, rounds, show)
 
@@ -96,11 +98,11 @@ def _show(outcome: Outcome, sites: Sequence[Site], out: Path) -> None:
     from sdk_examples.demo.charts import draw_report
     from sdk_examples.demo.report import all_tables
 
-    budgets = {site.name: budget for site, budget in zip(sites, BUDGETS, strict=True)}
+    budgets = {site.name: it.max_layers for site, it in zip(sites, BUDGETS, strict=True)}
     draw_report(outcome.report, budgets, out / "tuning.png")
     (out / "report.json").write_text(outcome.report.model_dump_json(indent=2), encoding="utf-8")
-    _CONSOLE.print(all_tables(outcome.report, budgets))
-    _CONSOLE.print(f"Tuned for {outcome.train_s:.0f} s. Charts: {out / 'tuning.png'}")
+    _CONSOLE.print(all_tables(outcome.report, outcome.plans, budgets))
+    _CONSOLE.print(f"Tuned in {outcome.tuning_s:.0f} s. Charts: {out / 'tuning.png'}")
 
 
 def _check(outcome: Outcome, out: Path) -> None:

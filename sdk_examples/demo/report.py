@@ -8,7 +8,7 @@ from typing import Final
 from rich.console import Group
 from rich.table import Table
 
-from fedra_server.reporting import Accuracy, ClientReport, RunReport
+from fedra_server.reporting import Accuracy, ClientReport, ParticipantReport, RunReport
 
 _MEBIBYTE: Final = 2**20
 
@@ -44,14 +44,19 @@ def coverage_table(report: RunReport) -> Table:
     return table
 
 
-def cost_table(report: RunReport, budgets: Mapping[str, int]) -> Table:
-    """Tell what taking part cost each client."""
+def cost_table(
+    report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, int]
+) -> Table:
+    """Tell how each client worked and what taking part cost it."""
     table = Table(title="What it cost each client")
-    for heading in ("site", "received", "sent", "peak memory", "promised", "training"):
-        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for heading in ("site", "depth", "weights"):
+        table.add_column(heading)
+    for heading in ("at once", "received", "sent", "peak memory", "promised", "training"):
+        table.add_column(heading, justify="right")
     for client in _by_name(report, budgets):
         table.add_row(
             client.name,
+            *_plan(plans.get(client.name)),
             _size(client.bytes_received),
             _size(client.bytes_sent),
             _size(client.peak_memory_bytes),
@@ -61,16 +66,24 @@ def cost_table(report: RunReport, budgets: Mapping[str, int]) -> Table:
     return table
 
 
-def all_tables(report: RunReport, budgets: Mapping[str, int]) -> Group:
+def all_tables(
+    report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, int]
+) -> Group:
     """Put the tables below each other."""
     return Group(
-        accuracy_table(report, budgets), coverage_table(report), cost_table(report, budgets)
+        accuracy_table(report, budgets),
+        coverage_table(report),
+        cost_table(report, plans, budgets),
     )
 
 
 def _by_name(report: RunReport, budgets: Mapping[str, int]) -> list[ClientReport]:
     order = list(budgets)
     return sorted(report.clients, key=lambda client: order.index(client.name))
+
+
+def _plan(plan: ParticipantReport | None) -> tuple[str, str, str]:
+    return ("", "", "") if plan is None else (plan.depth, plan.residency, str(plan.micro_batch))
 
 
 def _compared(before: Accuracy, after: Accuracy) -> tuple[str, str, str, str]:

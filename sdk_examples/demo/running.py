@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedra_server.reporting import RunReport
+from fedra_server.reporting import ParticipantReport, RunReport
 from fedra_server.runs import RunState
+from sdk_examples.demo.following import ClientLogs, Standing
 from sdk_examples.demo.processes import DemoError, Programs, read_text, run_command
 from sdk_examples.demo.sites import Site
 
@@ -19,29 +20,52 @@ SERVER: Final = "fedra_server"
 EDGE: Final = "fedra_edge"
 MODEL: Final = "vit-digits"
 RUN: Final = "handwriting"
-BUDGETS: Final = (12, 10, 8, 6, 4, 3)
-"""How many layers each site may train, as in the paper (FedRA, arXiv 2311.11227)."""
 
 _TRAINING: Final = (
     *("--optimizer", "adamw", "--learning-rate", 0.01),
     *("--batch-size", 32, "--local-epochs", 1),
 )
 _LOOK_S: Final = 0.5
-_REPORT_EVERY_S: Final = 4.0
 _SERVER_START_S: Final = 60.0
+_FIRST_ROUND_S: Final = 180.0
 _OVERALL_S: Final = 1200.0
 
-Watch = Callable[[RunReport], None]
-"""Called now and then with what the run achieved so far."""
+Watch = Callable[[Standing], None]
+"""Called twice a second with where the cohort stands."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a site lets its client use: layers trained in a round, and memory.
+
+    ``spare_bytes`` is what the client may occupy beyond its idle training runtime; None for
+    whatever the machine has. With 20 MB the model fits in small micro-batches only, with 10 MB
+    it does not fit and is streamed through memory block by block.
+    """
+
+    max_layers: int
+    spare_bytes: int | None = None
+
+
+BUDGETS: Final = (
+    Budget(12),
+    Budget(10),
+    Budget(8),
+    Budget(6),
+    Budget(4, spare_bytes=20 * 10**6),
+    Budget(3, spare_bytes=10 * 10**6),
+)
+"""The layers are the paper's mix (FedRA, arXiv 2311.11227)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the run left behind: its final report and the exported adapter."""
+    """What the run left behind: its report, how each client worked, and the adapter."""
 
     report: RunReport
+    plans: Mapping[str, ParticipantReport]
     export: Path
-    train_s: float
+    tuning_s: float
 
 
 @dataclass(frozen=True)
@@ -65,9 +89,9 @@ class Workplace:
         """One log file per program."""
         return self.root / "logs"
 
-    def client_home(self, site: Site) -> Path:
+    def client_home(self, name: str) -> Path:
         """A client's home."""
-        return self.root / "clients" / site.name
+        return self.root / "clients" / name
 
 
 def run_cohort(
@@ -79,16 +103,22 @@ def run_cohort(
         DemoError: A program failed.
     """
     prepare_server(place, model, rounds, len(sites))
+    idle_bytes = _idle_bytes(place)
+    started = time.monotonic()
     with Programs(place.logs) as programs:
         programs.start("server", SERVER, "serve", "--home", place.server_home, "--port", 0)
         url = _server_url(place, programs)
-        started = time.monotonic()
+        logs = {}
         for site, budget in zip(sites, BUDGETS, strict=True):
-            programs.start(site.name, EDGE, *_join_arguments(place, site, url, budget))
-        report = _follow(place, programs, [site.name for site in sites], watch)
-        train_s = time.monotonic() - started
+            arguments = _join_arguments(place, site, url, budget, idle_bytes)
+            logs[site.name] = programs.start(site.name, EDGE, *arguments)
+        followed = ClientLogs(logs, {site.name: site.test_examples for site in sites})
+        plans = _follow(place, programs, followed, watch)
+    report = read_report(place)
+    if report.state is not RunState.FINISHED:
+        raise DemoError(f"all clients ended, but the run is {report.state}; see {place.logs}")
     run_command(SERVER, "export", "--run", RUN, "--out", place.export, "--home", place.server_home)
-    return Outcome(report, place.export, train_s)
+    return Outcome(report, plans, place.export, time.monotonic() - started)
 
 
 def prepare_server(place: Workplace, model: Path, rounds: int, participants: int) -> None:
@@ -106,11 +136,23 @@ def read_report(place: Workplace) -> RunReport:
     return RunReport.model_validate_json(told)
 
 
-def _join_arguments(place: Workplace, site: Site, url: str, budget: int) -> tuple[object, ...]:
-    return (
+def _idle_bytes(place: Workplace) -> int:
+    """Ask a client what it occupies with its training runtime loaded and nothing to do."""
+    profile = run_command(EDGE, "profile", "--json", "--home", place.client_home("profile"))
+    return int(json.loads(profile)["baseline_bytes"])
+
+
+def _join_arguments(
+    place: Workplace, site: Site, url: str, budget: Budget, idle_bytes: int
+) -> tuple[object, ...]:
+    home = place.client_home(site.name)
+    arguments: tuple[object, ...] = (
         *("join", "--server", url, "--run", RUN, "--data", site.directory, "--name", site.name),
-        *("--home", place.client_home(site), "--max-layers", budget, "--threads", 1, "--json"),
+        *("--home", home, "--max-layers", budget.max_layers, "--threads", 1, "--json"),
     )
+    if budget.spare_bytes is None:
+        return arguments
+    return (*arguments, "--memory", idle_bytes + budget.spare_bytes)
 
 
 def _server_url(place: Workplace, programs: Programs) -> str:
@@ -126,21 +168,20 @@ def _server_url(place: Workplace, programs: Programs) -> str:
 
 
 def _follow(
-    place: Workplace, programs: Programs, clients: Sequence[str], watch: Watch
-) -> RunReport:
-    """Watch until every client was told that the run is over."""
-    pause, started, reported = threading.Event(), time.monotonic(), 0.0
-    while not all(programs.has_ended(name) for name in clients):
+    place: Workplace, programs: Programs, followed: ClientLogs, watch: Watch
+) -> dict[str, ParticipantReport]:
+    """Watch until every client was told that the run is over; give a round's plan by name."""
+    pause, started = threading.Event(), time.monotonic()
+    plans: dict[str, ParticipantReport] = {}
+    while not all(programs.has_ended(name) for name in followed.names):
         pause.wait(_LOOK_S)
         programs.check()
-        now = time.monotonic()
-        if now - started > _OVERALL_S:
-            raise DemoError(f"the run is not over after {_OVERALL_S:.0f} s; see {place.logs}")
-        if now - reported > _REPORT_EVERY_S:
-            watch(read_report(place))
-            reported = time.monotonic()
-    report = read_report(place)
-    watch(report)
-    if report.state is not RunState.FINISHED:
-        raise DemoError(f"all clients ended, but the run is {report.state}; see {place.logs}")
-    return report
+        standing = followed.look()
+        watch(standing)
+        if not plans and standing.revision is not None:
+            open_round = read_report(place).round
+            plans = {it.name: it for it in open_round.participants} if open_round else {}
+        limit_s = _FIRST_ROUND_S if standing.revision is None else _OVERALL_S
+        if time.monotonic() - started > limit_s:
+            raise DemoError(f"no progress after {limit_s:.0f} s; clients say: {followed.details}")
+    return plans

@@ -75,6 +75,7 @@ def _plain_step() -> Callable[[], None]:
 def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
     import torch
 
+    from fedra_edge.training.torch_optimizers import build_optimizer
     from fedra_edge.training.torch_trainer import load_slice
 
     is_reduced = way.startswith("reduced")
@@ -86,7 +87,7 @@ def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
         micro_batch,
     )
     loaded = load_slice(work, torch.device("cpu"))
-    optimizer = torch.optim.SGD(list(loaded.trained.values()), lr=0.01, momentum=0.9)
+    optimizer = build_optimizer(work.manifest.training, loaded.trained.values())
     images = torch.randn(vit_base.BATCH_SIZE, 3, 224, 224)
     labels = torch.zeros(vit_base.BATCH_SIZE, dtype=torch.long)
 
@@ -95,7 +96,6 @@ def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
             torch.split(images, micro_batch), torch.split(labels, micro_batch), len(images)
         )
         optimizer.step()
-        optimizer.zero_grad()
 
     return step
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedra_edge.protocol import routes
 from fedra_server.runs import AssignmentState
 from tests.support.disks import fill, small_disk
 from tests.support.edges import EdgeSite, wait_until
@@ -78,6 +79,15 @@ def has_empty_outbox(site: EdgeSite) -> bool:
 def has_contributed(federation: Federation, run: str, name: str) -> bool:
     clients = federation.report(run).clients
     return any(client.name == name and client.rounds_merged > 0 for client in clients)
+
+
+def announce_again(site: EdgeSite) -> httpx.Response:
+    """Make the call that the site's client makes with the delta in its outbox."""
+    [manifest] = site.config.outbox.glob("*.json")
+    headers = {**PROTOCOL, "Authorization": f"Bearer {site.identity.credential}"}
+    headers["Content-Type"] = "application/json"
+    url = f"{site.url}{routes.UPLOAD_CREATE.path}"
+    return httpx.post(url, content=manifest.read_bytes(), headers=headers)
 
 
 def disk_or_directory(stack: ExitStack, place: Path, size_bytes: int) -> tuple[Path, bool]:
@@ -208,8 +218,7 @@ def test_a_full_server_disk_keeps_the_delta_at_the_site(pair: Pair) -> None:
                 lambda event: event["run"] == run and "no space" in event["detail"],
             )
             assert site.deltas_waiting == 1
-        headers = {**PROTOCOL, "Authorization": f"Bearer {pair.north.identity.credential}"}
-        answer = httpx.get(f"{pair.federation.url}/v1/assignment", headers=headers)
+        answer = announce_again(pair.north)
         assert (answer.status_code, answer.json()["code"]) == (507, "storage-full")
     finally:
         filler.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,21 @@ def test_a_stopped_run_lets_its_participants_go(server: Headless) -> None:
     with pytest.raises(RefusedError) as caught:
         server.deliver(assignment)
     assert caught.value.code is ProblemCode.ROUND_CLOSED
+
+
+def test_waiting_clients_are_told_when_the_operator_steers_a_run(server: Headless) -> None:
+    server.create_run(RunState.CREATED)
+    told = threading.Event()
+    server.coordinator.subscribe(told.set)
+    server.coordinator.start()
+    try:
+        for state in (RunState.RUNNING, RunState.PAUSED, RunState.STOPPED):
+            assert told.wait(10)
+            told.clear()
+            server.store.set_run_state(RUN, state, allowed_from=set(RunState))
+        assert told.wait(10)
+    finally:
+        server.coordinator.stop()
 
 
 def test_a_participant_is_told_its_work_and_the_time_left(server: Headless) -> None:
