@@ -54,7 +54,9 @@ class ClientLogs:
         for name in self._logs:
             for event in self._new_events(name):
                 self._note(name, event)
-        complete = [number for number, right in self._right.items() if right.keys() == self._logs]
+        complete = [
+            number for number, right in self._right.items() if right.keys() == self._logs.keys()
+        ]
         if not complete:
             return Standing(len(self._ready), None, 0.0)
         revision = max(complete)

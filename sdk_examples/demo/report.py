@@ -48,20 +48,22 @@ def cost_table(
     report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, int]
 ) -> Table:
     """Tell how each client worked and what taking part cost it."""
-    table = Table(title="What it cost each client")
-    for heading in ("site", "depth", "weights"):
-        table.add_column(heading)
-    for heading in ("at once", "received", "sent", "peak memory", "promised", "training"):
+    table = Table(title="How each client worked, and what it cost; sizes in MiB")
+    table.add_column("site")
+    table.add_column("slice")
+    for heading in ("at once", "received", "sent", "peak", "promise", "training"):
         table.add_column(heading, justify="right")
     for client in _by_name(report, budgets):
+        plan = plans.get(client.name)
         table.add_row(
             client.name,
-            *_plan(plans.get(client.name)),
-            _size(client.bytes_received),
-            _size(client.bytes_sent),
-            _size(client.peak_memory_bytes),
-            _size(client.predicted_peak_bytes),
-            f"{client.train_s:.1f} s",
+            f"{plan.depth}, {plan.residency}" if plan else "",
+            str(plan.micro_batch) if plan else "",
+            f"{client.bytes_received / _MEBIBYTE:.1f}",
+            f"{client.bytes_sent / _MEBIBYTE:.1f}",
+            f"{client.peak_memory_bytes / _MEBIBYTE:.0f}",
+            f"{client.predicted_peak_bytes / _MEBIBYTE:.0f}",
+            f"{client.train_s:.0f} s",
         )
     return table
 
@@ -82,10 +84,6 @@ def _by_name(report: RunReport, budgets: Mapping[str, int]) -> list[ClientReport
     return sorted(report.clients, key=lambda client: order.index(client.name))
 
 
-def _plan(plan: ParticipantReport | None) -> tuple[str, str, str]:
-    return ("", "", "") if plan is None else (plan.depth, plan.residency, str(plan.micro_batch))
-
-
 def _compared(before: Accuracy, after: Accuracy) -> tuple[str, str, str, str]:
     gain = 100 * (after.accuracy - before.accuracy)
     return (
@@ -94,7 +92,3 @@ def _compared(before: Accuracy, after: Accuracy) -> tuple[str, str, str, str]:
         f"{after.accuracy:.1%}",
         f"{gain:+.1f}",
     )
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / _MEBIBYTE:,.1f} MiB"

@@ -39,7 +39,9 @@ def server(tmp_path: Path) -> Iterator[Headless]:
 
 def with_clients(server: Headless, count: int, **run: object) -> list[ClientId]:
     """Create a run of two participants a round and as many clients."""
-    server.create_run(**{"min_participants": 2, "rounds": 2, "deadline_s": 100.0, **run})
+    server.create_run(
+        RunState.RUNNING, **{"min_participants": 2, "rounds": 2, "deadline_s": 100.0, **run}
+    )
     return [server.enrol(f"client-{index}") for index in range(count)]
 
 
