@@ -23,13 +23,17 @@ def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
     if assignment is not None:
         return _train(store, client, assignment, now)
     runs = [run for run in store.runs() if client.run in {None, run.run}]
-    for run in runs:
-        if run.state in _ACTIVE:
-            return _wait(store, client, run)
+    active = [run for run in runs if run.state in _ACTIVE]
+    for run in active:
+        if client.client_id not in store.calibrations(run.model_id):
+            reason = f"run {run.run} needs to know what its model costs on this machine"
+            return Wait(reason=reason, calibrate=run.model_id)
     for run in runs:
         task = _final_evaluation(store, client, run)
         if task is not None:
             return Wait(reason=f"run {run.run} is over; evaluate its last revision", evaluate=task)
+    if active:
+        return Wait(reason="; ".join(_why_waiting(store, client, run) for run in active)[:4000])
     if client.run is not None and runs and runs[0].state in _OVER:
         return Stop(reason=f"run {client.run} is {runs[0].state}")
     return Wait(reason="no run is active")
@@ -47,19 +51,15 @@ def _train(
     return Train(manifest=manifest, evaluate=_evaluation(store, client, run, base))
 
 
-def _wait(store: Store, client: ClientRecord, run: RunRecord) -> Wait:
+def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     """Explain why an active run has no work for this client now."""
-    calibration = store.calibrations(run.model_id).get(client.client_id)
-    if calibration is None:
-        reason = f"run {run.run} needs to know what its model costs on this machine"
-        return Wait(reason=reason, calibrate=run.model_id)
-    spec = store.model(run.model_id).spec
-    fit = fit_work(client.profile, calibration, spec, run.spec)
+    calibration = store.calibrations(run.model_id)[client.client_id]
+    fit = fit_work(client.profile, calibration, store.model(run.model_id).spec, run.spec)
     if isinstance(fit, Unfit):
-        return Wait(reason=f"this machine cannot take part in run {run.run}: {fit.reason}")
+        return f"this machine cannot take part in run {run.run}: {fit.reason}"
     if run.state is RunState.PAUSED:
-        return Wait(reason=f"run {run.run} is paused")
-    return Wait(reason=f"run {run.run} waits for other participants")
+        return f"run {run.run} is paused"
+    return f"run {run.run} waits for other participants"
 
 
 def _final_evaluation(store: Store, client: ClientRecord, run: RunRecord) -> EvaluationTask | None:

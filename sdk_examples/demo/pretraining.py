@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.utils.logging import disable_progress_bar
 
 from sdk_examples.demo.sites import LABELS, SIZE_PX
 
@@ -88,6 +89,7 @@ def pretrained_model(cache: Path, settings: Pretraining, on_step: Progress) -> P
         model = _train(settings, on_step)
     partial = cache / f"{settings.key}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # unannotated
     model.save_pretrained(partial)
     processor = {
         "image_processor_type": "ViTImageProcessor",

@@ -51,7 +51,7 @@ def cost_table(
     table = Table(title="How each client worked, and what it cost; sizes in MiB")
     table.add_column("site")
     table.add_column("slice")
-    for heading in ("at once", "received", "sent", "peak", "promise", "training"):
+    for heading in ("batch", "down", "up", "peak", "promise", "trained"):
         table.add_column(heading, justify="right")
     for client in _by_name(report, budgets):
         plan = plans.get(client.name)

@@ -22,7 +22,7 @@ MODEL: Final = "vit-digits"
 RUN: Final = "handwriting"
 
 _TRAINING: Final = (
-    *("--optimizer", "adamw", "--learning-rate", 0.01),
+    *("--optimizer", "adamw", "--learning-rate", 0.006),
     *("--batch-size", 32, "--local-epochs", 1),
 )
 _LOOK_S: Final = 0.5
