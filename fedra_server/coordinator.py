@@ -11,14 +11,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from fedra_edge.protocol.ids import AssignmentId, ClientId, RoundNumber
+from fedra_edge.protocol.ids import AssignmentId, ClientId, RoundNumber, RunId
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import FedraServerError, StorageError
 from fedra_server.intake import Intake
 from fedra_server.merging import Contributor
-from fedra_server.planning import Candidate, PlannedSlice, plan_round, round_generator
+from fedra_server.planning import (
+    Candidate,
+    PlannedSlice,
+    find_unfit,
+    plan_round,
+    round_generator,
+)
 from fedra_server.publishing import Contribution, merged_revision
 from fedra_server.rounds import RoundStep, next_step, rest_s
 from fedra_server.runs import AssignmentState, RunState
@@ -59,6 +65,7 @@ class Coordinator:
         self._stopping = threading.Event()
         self._states_seen: dict[str, RunState] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._unfit_told: dict[tuple[RunId, ClientId], str] = {}
         self._thread = threading.Thread(target=self._loop, name="coordinator")
 
     def start(self) -> None:
@@ -254,8 +261,16 @@ class Coordinator:
             and self._store.open_assignment(client.client_id) is None
         ]
         spec = self._store.model(run.model_id).spec
+        self._warn_of_unfit(run, find_unfit(candidates, spec, run.spec))
         generator = round_generator(run.spec, number, draw)
         return plan_round(candidates, spec, run.spec, base.last_trained, generator)
+
+    def _warn_of_unfit(self, run: RunRecord, reasons: dict[ClientId, str]) -> None:
+        """Tell the operator, once for each reason, who cannot take part and why."""
+        for client_id, reason in reasons.items():
+            if self._unfit_told.get((run.run, client_id)) != reason:
+                self._unfit_told[run.run, client_id] = reason
+                LOGGER.warning("run %s: client %s cannot take part: %s", run.run, client_id, reason)
 
     def _assign(
         self, run: RunRecord, base: RevisionRecord, number: int, planned: PlannedSlice

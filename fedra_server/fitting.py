@@ -27,6 +27,9 @@ _STREAMED_MICRO_BATCH: Final = 8
 _FRAGMENTATION: Final = 1.5
 """What the C library's heap makes of a resident slice's activations; a streamed walk avoids it."""
 
+_GROWTH_BYTES: Final = 32 * 10**6
+"""What an idle client's process grows by at work, whatever the model: buffers, library pages."""
+
 _BLOCKS_MAPPED: Final = 2
 """A streamed walk maps the next block before it lets go of the last."""
 
@@ -99,7 +102,8 @@ class Machine:
             weights = ends + _BLOCKS_MAPPED * layer.parameter_bytes
             in_flight = micro_batch * (layer.activation_bytes + working)
             in_flight += walk_batch * held * layer.boundary_bytes
-        return self.profile.baseline_bytes + weights + in_flight + adapters
+        idle = self.profile.baseline_bytes + _GROWTH_BYTES
+        return idle + weights + in_flight + adapters
 
     def steps_in_time(self, held: int, residency: Residency) -> int:
         """Steps of the wanted local epochs, as many of them as the deadline allows."""

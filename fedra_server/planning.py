@@ -13,7 +13,7 @@ from fedra_edge.protocol.ids import ClientId, LayerId
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.slices import LayerRole
 from fedra_server.allocation import draw_allocation
-from fedra_server.fitting import Work, fit_work
+from fedra_server.fitting import Unfit, Work, fit_work
 from fedra_server.runs import RunSpec
 
 _MAX_SEED = 2**62
@@ -42,6 +42,17 @@ class PlannedSlice:
 def round_generator(run: RunSpec, round_number: int, draw: int) -> np.random.Generator:
     """Make the generator of one draw of one round, always the same for the same arguments."""
     return np.random.default_rng([run.seed, round_number, draw])
+
+
+def find_unfit(
+    candidates: Sequence[Candidate], spec: ModelSpec, run: RunSpec
+) -> dict[ClientId, str]:
+    """Give the reason for every candidate whose machine cannot take part."""
+    fits = {
+        candidate.client_id: fit_work(candidate.profile, candidate.calibration, spec, run)
+        for candidate in candidates
+    }
+    return {client_id: fit.reason for client_id, fit in fits.items() if isinstance(fit, Unfit)}
 
 
 def plan_round(

@@ -88,7 +88,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         ConfigurationError: The address is taken or is not one of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     with listener:
         if os.name == "posix":  # elsewhere this option would let two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

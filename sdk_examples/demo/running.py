@@ -39,7 +39,7 @@ class Budget:
     """What a site lets its client use: layers trained in a round, and memory.
 
     ``spare_bytes`` is what the client may occupy beyond its idle training runtime; None for
-    whatever the machine has. With 20 MB the model fits in small micro-batches only, with 10 MB
+    whatever the machine has. With 52 MB the model fits in small micro-batches only, with 42 MB
     it does not fit and is streamed through memory block by block.
     """
 
@@ -52,8 +52,8 @@ BUDGETS: Final = (
     Budget(10),
     Budget(8),
     Budget(6),
-    Budget(4, spare_bytes=20 * 10**6),
-    Budget(3, spare_bytes=10 * 10**6),
+    Budget(4, spare_bytes=52 * 10**6),
+    Budget(3, spare_bytes=42 * 10**6),
 )
 """The layers are the paper's mix (FedRA, arXiv 2311.11227)."""
 
