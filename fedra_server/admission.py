@@ -22,6 +22,9 @@ from fedra_server.errors import RefusedError
 
 _REMEDY: Final = "Update the client software; if it is up to date, report this as a defect."
 _FLOAT32_BYTES: Final = 4
+_LARGEST: Final = 1e6
+"""No honest training moves a parameter so far; larger values could overflow a merge."""
+
 _NAMES_SHOWN: Final = 5
 
 
@@ -32,7 +35,7 @@ def largest_delta_bytes(shapes: Mapping[str, Shape]) -> int:
 
 
 def check_delta(path: Path, shapes: Mapping[str, Shape]) -> None:
-    """Accept a file that holds exactly these tensors, float32 and finite.
+    """Accept a file that holds exactly these tensors, float32, finite and of sane size.
 
     Raises:
         RefusedError: With the code of the first rule broken. Memory use is one tensor.
@@ -45,10 +48,10 @@ def check_delta(path: Path, shapes: Mapping[str, Shape]) -> None:
     for name, info in infos.items():
         _check_declaration(name, info, shapes[name])
     for name, info in infos.items():
-        if not np.isfinite(read_tensor(path, info)).all():
+        if not (np.abs(read_tensor(path, info)) <= _LARGEST).all():
             raise RefusedError(
                 ProblemCode.TENSOR_NOT_FINITE,
-                f"{name} holds NaN or infinity",
+                f"{name} holds NaN, infinity or a value beyond {_LARGEST:g}",
                 remedy="Training diverged: lower the run's learning rate or check the site's data.",
             )
 

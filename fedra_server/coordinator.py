@@ -6,13 +6,13 @@ All state is in the store, so a restarted server continues the round it was in.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable
 
-from fedra_edge.protocol.ids import AssignmentId, ClientId, RoundNumber, RunId
-from fedra_edge.protocol.slices import SliceManifest
+from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
+from fedra_edge.protocol.tensors import sha256_of_file
+from fedra_server.assigning import assign
 from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import FedraServerError, StorageError
@@ -176,7 +176,7 @@ class Coordinator:
             deadline_at=now + run.spec.deadline_s,
             published_at=None,
         )
-        self._store.open_round(opened, [self._assign(run, base, number, it) for it in planned])
+        self._store.open_round(opened, [assign(run, base, number, item, now) for item in planned])
         LOGGER.info("run %s: round %d opened with %d participants", run.run, number, len(planned))
         return True
 
@@ -204,7 +204,7 @@ class Coordinator:
             current.number,
             deadline_at=now + run.spec.deadline_s,
             draws=current.draws + bool(planned),
-            assignments=[self._assign(run, base, current.number, item) for item in planned],
+            assignments=[assign(run, base, current.number, item, now) for item in planned],
             expire=silent,
             now=now,
         )
@@ -222,6 +222,8 @@ class Coordinator:
                 for assignment in self._store.assignments(run.run, current.number)
                 if assignment.state is AssignmentState.ADMITTED
             ]
+            if self._set_damaged_aside(admitted):
+                return True
             base = self._store.revision(run.run, current.base_revision)
             now = self._clock.now()
             contributions = [self._contribution(assignment) for assignment in admitted]
@@ -241,6 +243,29 @@ class Coordinator:
             run.run, current.number, len(admitted), merged.manifest.number,
         )  # fmt: skip
         return True
+
+    def _set_damaged_aside(self, admitted: list[AssignmentRecord]) -> bool:
+        """Refuse admitted deltas whose file is gone or altered; tell whether there were any."""
+        damaged = [item for item in admitted if not self._is_sound(item)]
+        for assignment in damaged:
+            LOGGER.error(
+                "the stored delta %s is damaged or gone; its round goes on without it",
+                self._home.delta_file(assignment.assignment_id),
+            )
+            self._store.settle(
+                assignment.assignment_id,
+                AssignmentState.REFUSED,
+                detail="the server's copy of this delta is damaged or gone",
+                now=self._clock.now(),
+                only_from={AssignmentState.ADMITTED},
+            )
+        return bool(damaged)
+
+    def _is_sound(self, assignment: AssignmentRecord) -> bool:
+        path = self._home.delta_file(assignment.assignment_id)
+        if assignment.delta is None or not path.is_file():
+            return False
+        return sha256_of_file(path) == assignment.delta.sha256
 
     def _plan(
         self,
@@ -271,44 +296,6 @@ class Coordinator:
             if self._unfit_told.get((run.run, client_id)) != reason:
                 self._unfit_told[run.run, client_id] = reason
                 LOGGER.warning("run %s: client %s cannot take part: %s", run.run, client_id, reason)
-
-    def _assign(
-        self, run: RunRecord, base: RevisionRecord, number: int, planned: PlannedSlice
-    ) -> AssignmentRecord:
-        """Turn a planned slice into the assignment its client will be handed."""
-        assignment_id = AssignmentId(secrets.token_urlsafe(16))
-        manifest = SliceManifest(
-            assignment_id=assignment_id,
-            run=run.run,
-            round_number=RoundNumber(number),
-            model_id=run.model_id,
-            revision=base.manifest,
-            adapter=run.spec.adapter,
-            training=run.spec.training,
-            layers=planned.layers,
-            depth=planned.work.depth,
-            residency=planned.work.residency,
-            micro_batch=planned.work.micro_batch,
-            walk_batch=planned.work.walk_batch,
-            steps=planned.work.steps,
-            seed=planned.seed,
-            remaining_s=run.spec.deadline_s,
-            predicted_peak_bytes=planned.work.predicted_peak_bytes,
-        )
-        return AssignmentRecord(
-            assignment_id=assignment_id,
-            run=run.run,
-            round_number=number,
-            client_id=planned.client_id,
-            manifest=manifest,
-            chance=planned.chance,
-            reason=planned.work.reason,
-            state=AssignmentState.PENDING,
-            detail="",
-            delta=None,
-            issued_at=self._clock.now(),
-            settled_at=None,
-        )
 
     def _contribution(self, assignment: AssignmentRecord) -> Contribution:
         if assignment.delta is None:

@@ -27,6 +27,9 @@ _STREAMED_MICRO_BATCH: Final = 8
 _FRAGMENTATION: Final = 1.5
 """What the C library's heap makes of a resident slice's activations; a streamed walk avoids it."""
 
+_MOST_STEPS: Final = 10**6
+"""What a slice manifest can ask for."""
+
 _GROWTH_BYTES: Final = 32 * 10**6
 """What an idle client's process grows by at work, whatever the model: buffers, library pages."""
 
@@ -112,10 +115,10 @@ class Machine:
         wanted *= training.local_epochs
         if training.max_steps is not None:
             wanted = min(wanted, training.max_steps)
+        wanted = min(wanted, _MOST_STEPS)
         step_s = self.step_s(held, residency)
-        if step_s == 0:
-            return wanted
-        return min(wanted, int(_DEADLINE_SHARE * self.run.deadline_s / step_s))
+        available_s = _DEADLINE_SHARE * self.run.deadline_s
+        return wanted if wanted * step_s <= available_s else int(available_s / step_s)
 
     def step_s(self, held: int, residency: Residency) -> float:
         """Predict the duration of a step; a streamed walk goes forward twice."""

@@ -25,7 +25,7 @@ def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
     runs = [run for run in store.runs() if client.run in {None, run.run}]
     active = [run for run in runs if run.state in _ACTIVE]
     for run in active:
-        if client.client_id not in store.calibrations(run.model_id):
+        if store.calibration(client.client_id, run.model_id) is None:
             reason = f"run {run.run} needs to know what its model costs on this machine"
             return Wait(reason=reason, calibrate=run.model_id)
     for run in runs:
@@ -53,7 +53,9 @@ def _train(
 
 def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     """Explain why an active run has no work for this client now."""
-    calibration = store.calibrations(run.model_id)[client.client_id]
+    calibration = store.calibration(client.client_id, run.model_id)
+    if calibration is None:
+        return f"run {run.run} needs to know what its model costs on this machine"
     fit = fit_work(client.profile, calibration, store.model(run.model_id).spec, run.spec)
     if isinstance(fit, Unfit):
         return f"this machine cannot take part in run {run.run}: {fit.reason}"
@@ -66,8 +68,6 @@ def _final_evaluation(store: Store, client: ClientRecord, run: RunRecord) -> Eva
     """Ask for the accuracy of a finished run's last revision, once."""
     if run.state is not RunState.FINISHED:
         return None
-    if client.client_id not in store.calibrations(run.model_id):
-        return None
     return _evaluation(store, client, run, store.revision(run.run))
 
 
@@ -75,7 +75,7 @@ def _evaluation(
     store: Store, client: ClientRecord, run: RunRecord, revision: RevisionRecord
 ) -> EvaluationTask | None:
     number = revision.manifest.number
-    calibration = store.calibrations(run.model_id).get(client.client_id)
+    calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None or calibration.held_out_examples == 0:
         return None
     if store.has_evaluation(client.client_id, run.run, number):

@@ -67,12 +67,14 @@ class Intake:
         limit = largest_delta_bytes(self._shapes(assignment))
         if self._config.max_delta_bytes is not None:
             limit = min(limit, self._config.max_delta_bytes)
-        if delta.size_bytes > limit:
-            raise RefusedError(
+        if delta.size_bytes > limit and not self.is_counted(assignment):
+            error = RefusedError(
                 ProblemCode.DELTA_TOO_LARGE,
                 f"{delta.size_bytes} bytes announced, this slice's delta has at most {limit}",
-                remedy=_DEFECT,
+                remedy="Raise max_delta_bytes of the server, or update the client software.",
             )
+            self._refuse(assignment, error)
+            raise error
         return assignment
 
     def is_counted(self, assignment: AssignmentRecord) -> bool:
@@ -96,6 +98,7 @@ class Intake:
             self._refuse_unless_open(assignment, upload.delta)
             if self.is_counted(assignment):
                 return receipt
+            self._release_others(assignment)
             with disk_errors("keeping an admitted delta"):
                 replace_durably(part, self._home.delta_file(assignment.assignment_id))
             self._store.settle(
@@ -121,15 +124,40 @@ class Intake:
         try:
             check_delta(part, self._shapes(assignment))
         except RefusedError as error:
-            LOGGER.warning("delta of client %s refused: %s", assignment.client_id, error)
-            self._store.settle(
-                assignment.assignment_id,
-                AssignmentState.REFUSED,
-                detail=f"{error.code}: {error}",
-                now=self._clock.now(),
-                only_from=_OPEN,
-            )
+            self._refuse(assignment, error)
             raise
+
+    def _refuse(self, assignment: AssignmentRecord, error: RefusedError) -> None:
+        """Settle an assignment, so that its round does not wait for it and the operator sees."""
+        LOGGER.warning("delta of client %s refused: %s", assignment.client_id, error)
+        self._store.settle(
+            assignment.assignment_id,
+            AssignmentState.REFUSED,
+            detail=f"{error.code}: {error}",
+            now=self._clock.now(),
+            only_from=_OPEN,
+        )
+
+    def _others(self, assignment: AssignmentRecord) -> list[AssignmentRecord]:
+        """Give what else the same client was assigned in the same round, after a failure."""
+        return [
+            other
+            for other in self._store.assignments_of(
+                assignment.client_id, assignment.run, assignment.round_number
+            )
+            if other.assignment_id != assignment.assignment_id
+        ]
+
+    def _release_others(self, assignment: AssignmentRecord) -> None:
+        """Let a client contribute to a round once: its other work there is not awaited."""
+        for other in self._others(assignment):
+            if other.state is AssignmentState.PENDING:
+                self._store.settle(
+                    other.assignment_id,
+                    AssignmentState.EXPIRED,
+                    detail="the client delivered an earlier assignment of this round",
+                    now=self._clock.now(),
+                )
 
     def _refuse_unless_open(self, assignment: AssignmentRecord, delta: DeltaManifest) -> None:
         """Let pass an unsettled assignment of an open round, and a repeat of what is counted."""
@@ -140,6 +168,12 @@ class Intake:
                 ProblemCode.DELTA_CONFLICT,
                 "another delta of this assignment was admitted before",
                 remedy="Use each client's home directory on one machine only.",
+            )
+        if any(self.is_counted(other) for other in self._others(assignment)):
+            raise RefusedError(
+                ProblemCode.DELTA_CONFLICT,
+                "this client's delta of another assignment of the round was admitted before",
+                remedy="Nothing to do; a client contributes to a round once.",
             )
         if assignment.state is AssignmentState.REFUSED:
             raise RefusedError(

@@ -122,6 +122,16 @@ class ClientRecords(Database):
             if connection.execute(change.values(values)).rowcount == 0:
                 connection.execute(insert(tables.calibrations).values({**keys, **values}))
 
+    def calibration(self, client_id: ClientId, model_id: str) -> Calibration | None:
+        """Give what one client measured of a model."""
+        columns = tables.calibrations.c
+        query = select(columns.calibration).where(
+            columns.client_id == client_id, columns.model_id == model_id
+        )
+        with self.reading() as connection:
+            text = connection.execute(query).scalar_one_or_none()
+        return None if text is None else Calibration.model_validate_json(text)
+
     def calibrations(self, model_id: str) -> dict[ClientId, Calibration]:
         """Give what each member measured of a model."""
         query = (

@@ -87,6 +87,22 @@ class RoundRecords(Database):
         with self.reading() as connection:
             return find_assignments(connection, run, round_number)
 
+    def assignments_of(
+        self, client_id: ClientId, run: str, round_number: int
+    ) -> list[AssignmentRecord]:
+        """Give what one client was assigned in a round, oldest first."""
+        query = (
+            select(tables.assignments)
+            .where(
+                _ASSIGNMENTS.run == run,
+                _ASSIGNMENTS.round_number == round_number,
+                _ASSIGNMENTS.client_id == client_id,
+            )
+            .order_by(_ASSIGNMENTS.issued_at, _ASSIGNMENTS.assignment_id)
+        )
+        with self.reading() as connection:
+            return [assignment_record(row) for row in connection.execute(query).all()]
+
     def assignment(self, assignment_id: AssignmentId) -> AssignmentRecord:
         """Give an assignment.
 

@@ -64,7 +64,7 @@ def test_every_dishonest_delta_has_its_own_code(tmp_path: Path) -> None:
     assert refusal(tmp_path, good | {name: good[name].T[:1]}) is ProblemCode.TENSOR_SHAPE
     doubled = good | {name: np.zeros(good[name].shape, dtype=np.float64)}
     assert refusal(tmp_path, doubled) is ProblemCode.TENSOR_DTYPE
-    for poison in (np.nan, np.inf, -np.inf):
+    for poison in (np.nan, np.inf, -np.inf, 3e38):
         bad = good[name].copy()
         bad.flat[-1] = poison
         assert refusal(tmp_path, good | {name: bad}) is ProblemCode.TENSOR_NOT_FINITE

@@ -15,7 +15,7 @@ from fedra_edge.protocol.rounds import Train, Wait
 from fedra_server.errors import NotPermittedError, RefusedError
 from fedra_server.guidance import guide
 from fedra_server.runs import AssignmentState, RunState
-from tests.support.builders import RUN, make_delta
+from tests.support.builders import RUN, make_calibration, make_delta
 from tests.support.headless import Headless
 
 PENDING, ADMITTED, MERGED = (
@@ -184,6 +184,77 @@ def test_a_poisoned_delta_settles_its_assignment_and_the_round_goes_on(server: H
         server.deliver(work["client-2"])
 
 
+def test_a_client_contributes_to_a_round_once(server: Headless) -> None:
+    with_clients(server, 2, min_participants=2)
+    server.coordinator.advance()
+    first = server.assignments(1)["client-0"]
+    fail(server, "client-0")
+    fail(server, "client-1")
+    server.clock.time += 5
+    server.coordinator.advance()
+    second = server.assignments(1)["client-0"]
+    assert second.assignment_id != first.assignment_id
+    server.deliver(first)
+    assert server.states(1)["client-0"] is EXPIRED
+    with pytest.raises(RefusedError, match="another assignment") as caught:
+        server.deliver(second)
+    assert caught.value.code is ProblemCode.DELTA_CONFLICT
+    server.coordinator.advance()
+    assert server.store.current_round(RUN) is not None
+    server.deliver(server.assignments(1)["client-1"])
+    server.coordinator.advance()
+    merged = [item for item in server.store.assignments(RUN, 1) if item.state is MERGED]
+    assert {item.client_id for item in merged} == {"client-0", "client-1"}
+    assert len(merged) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", None], ids=["truncated", "deleted"])
+def test_a_damaged_stored_delta_is_left_out_and_its_round_goes_on(
+    server: Headless, damage: bytes | None
+) -> None:
+    with_clients(server, 2)
+    server.coordinator.advance()
+    work = server.assignments(1)
+    server.deliver(work["client-0"])
+    stored = server.home.delta_file(work["client-0"].assignment_id)
+    stored.unlink() if damage is None else stored.write_bytes(damage)
+    server.deliver(work["client-1"])
+    server.coordinator.advance()
+    assert server.states(1) == {"client-0": REFUSED, "client-1": ADMITTED}
+    server.clock.time += 5
+    server.coordinator.advance()
+    server.deliver(server.assignments(1)["client-0"])
+    server.coordinator.advance()
+    assert server.states(1)["client-0"] is MERGED
+
+
+@pytest.mark.parametrize(("examples", "seconds"), [(2**31, 0.0), (100, 5e-324), (1, 1e9)])
+def test_an_absurd_calibration_holds_nobody_up(
+    server: Headless, examples: int, seconds: float
+) -> None:
+    with_clients(server, 2, training={"batch_size": 1})
+    liar = server.enrol("liar")
+    spec = server.store.model(server.store.run(RUN).model_id).spec
+    absurd = make_calibration(
+        spec, forward_s=0.0, backward_s=0.0, train_examples=examples
+    ).model_copy(update={"forward_s": seconds})
+    server.store.set_calibration(liar, absurd)
+    assert server.coordinator.advance()
+    assert {"client-0", "client-1"} <= set(server.assignments(1))
+    guide(server.store, server.store.client(liar), server.clock.now())
+
+
+def test_an_oversized_announcement_settles_its_assignment(server: Headless) -> None:
+    with_clients(server, 2)
+    server.coordinator.advance()
+    assignment = server.assignments(1)["client-0"]
+    huge = make_delta(assignment.assignment_id, size_bytes=10**9)
+    with pytest.raises(RefusedError) as caught:
+        server.coordinator.intake.expect(ClientId("client-0"), huge)
+    assert caught.value.code is ProblemCode.DELTA_TOO_LARGE
+    assert server.states(1)["client-0"] is REFUSED
+
+
 def test_altered_bytes_are_refused_and_may_be_sent_again(server: Headless) -> None:
     with_clients(server, 2)
     server.coordinator.advance()
@@ -199,17 +270,13 @@ def test_altered_bytes_are_refused_and_may_be_sent_again(server: Headless) -> No
     assert server.states(1)["client-0"] is ADMITTED
 
 
-def test_foreign_and_oversized_announcements_are_refused(server: Headless) -> None:
+def test_foreign_announcements_are_refused(server: Headless) -> None:
     with_clients(server, 2)
     server.coordinator.advance()
     assignment = server.assignments(1)["client-0"]
     delta = make_delta(assignment.assignment_id)
     with pytest.raises(NotPermittedError):
         server.coordinator.intake.expect(ClientId("client-1"), delta)
-    huge = make_delta(assignment.assignment_id, size_bytes=10**9)
-    with pytest.raises(RefusedError) as caught:
-        server.coordinator.intake.expect(ClientId("client-0"), huge)
-    assert caught.value.code is ProblemCode.DELTA_TOO_LARGE
 
 
 def test_a_restarted_server_continues_the_round_it_was_in(server: Headless) -> None:
