@@ -20,7 +20,7 @@ CONFIG_TEMPLATE: Final = """\
 # host = "127.0.0.1"              # address to listen on
 # port = 8470                     # 0 takes any free port
 # heartbeat_timeout_s = 60.0      # silent for longer: the client counts as gone
-# max_clients = 10000             # the population never grows beyond this
+# max_clients = 4000              # the population never grows beyond this
 # max_enrolments_per_minute = 120 # further enrolments are told to come back later
 # max_request_bytes = 1048576     # for every request body but an upload's
 # max_delta_bytes = 67108864      # default: what the run's adapters need
@@ -92,8 +92,8 @@ class ServerConfig(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8470
-    heartbeat_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    max_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    heartbeat_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    max_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 4000
     max_enrolments_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 120
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 2**20
     max_delta_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None

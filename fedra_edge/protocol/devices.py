@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedra_edge.protocol.wire import ByteCount, Count, HexDigest, Seconds, ShortText, WireModel
 
+_SHORTEST_S: Final = 1e-9
+
+
+def _check_measurable(seconds: float) -> float:
+    """Refuse times that no clock can have measured; a ratio of two would have no bounds."""
+    if 0 < seconds < _SHORTEST_S:
+        raise ValueError(f"a measured time is 0 or at least {_SHORTEST_S} seconds")
+    return seconds
+
+
+BlockTime = Annotated[Seconds, AfterValidator(_check_measurable)]
 Backend = Literal["torch", "onnx"]
 
 
@@ -34,7 +45,7 @@ class DeviceProfile(WireModel):
     memory_bytes: ByteCount
     baseline_bytes: ByteCount
     disk_free_bytes: ByteCount
-    accelerators: tuple[Accelerator, ...] = ()
+    accelerators: Annotated[tuple[Accelerator, ...], Field(max_length=256)] = ()
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
@@ -46,7 +57,7 @@ class Calibration(WireModel):
     """
 
     model_id: HexDigest
-    forward_s: Seconds
-    backward_s: Seconds
-    train_examples: Annotated[int, Field(ge=1, le=2**31)]
+    forward_s: BlockTime
+    backward_s: BlockTime
+    train_examples: Annotated[int, Field(ge=1, lt=2**31)]
     held_out_examples: Count

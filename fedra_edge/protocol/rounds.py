@@ -24,10 +24,10 @@ class Evaluation(WireModel):
     """Counts of one client on one revision; never a single example."""
 
     run: ShortText
-    revision: Annotated[int, Field(ge=0)]
-    num_examples: Annotated[int, Field(ge=1, le=2**31)]
+    revision: Annotated[int, Field(ge=0, lt=2**31)]
+    num_examples: Annotated[int, Field(ge=1, lt=2**31)]
     num_correct: Count
-    loss_sum: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    loss_sum: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
     @model_validator(mode="after")
     def _correct_are_among_the_examples(self) -> Evaluation:

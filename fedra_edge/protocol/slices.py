@@ -38,7 +38,7 @@ class TrainingSpec(WireModel):
 class RevisionManifest(WireModel):
     """One published adapter state: a blob per layer and one for the head."""
 
-    number: Annotated[RevisionNumber, Field(ge=0)]
+    number: Annotated[RevisionNumber, Field(ge=0, lt=2**31)]
     layers: Annotated[tuple[BlobRef, ...], Field(min_length=1, max_length=MAX_LAYERS)]
     head: BlobRef
 
@@ -64,7 +64,7 @@ class SliceManifest(WireModel):
 
     assignment_id: Token
     run: ShortText
-    round_number: Annotated[RoundNumber, Field(ge=1)]
+    round_number: Annotated[RoundNumber, Field(ge=1, lt=2**31)]
     model_id: HexDigest
     revision: RevisionManifest
     adapter: AdapterSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,9 +12,10 @@ from typing_extensions import override
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server.http import assignments, blobs, clients, evaluations, health, models, uploads
+from fedra_server.http.discarding import discard_dead_uploads
 from fedra_server.http.limits import BodyLimit, LingeringClose, ProtocolStamp
 from fedra_server.http.mounting import complete_document
-from fedra_server.http.problems import install_problems
+from fedra_server.http.problems import DefectAnswer, install_problems
 from fedra_server.http.services import Services
 
 
@@ -45,6 +47,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     install_problems(app)
     app.add_middleware(BodyLimit, max_bytes=services.config.max_request_bytes)
+    app.add_middleware(DefectAnswer)
     app.add_middleware(ProtocolStamp)
     app.add_middleware(LingeringClose)
     for module in (health, clients, assignments, models, blobs, uploads, evaluations):
@@ -58,5 +61,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.changes.bind()
     services.coordinator.subscribe(services.changes.notify)
+    services.coordinator.subscribe(partial(discard_dead_uploads, services))
     yield
     services.changes.close()

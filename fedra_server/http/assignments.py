@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Final
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
 from fedra_edge.protocol import routes
@@ -18,35 +18,48 @@ from fedra_server.guidance import guide
 from fedra_server.http.auth import Caller, SpeaksProtocol
 from fedra_server.http.clients import give_up, own_assignment
 from fedra_server.http.mounting import FOR_CLIENTS, mount
-from fedra_server.http.services import ServicesHere
+from fedra_server.http.services import Services, ServicesHere
+from fedra_server.storage.records import ClientRecord
+
+_SIGNS_PER_TIMEOUT: Final = 3
+"""How often, in the time after which a silent client counts as gone, a held poll shows it alive."""
 
 router = APIRouter(tags=["assignments"], dependencies=[SpeaksProtocol])
 
 
 @mount(router, routes.ASSIGNMENT, *FOR_CLIENTS)
 async def next_assignment(
+    request: Request,
     services: ServicesHere,
     client: Caller,
     wait_s: Annotated[float, Query(ge=0, allow_inf_nan=False)] = 0.0,
 ) -> Assignment:
     """Answer as soon as there is something to do, at the latest after ``wait_s`` seconds.
 
-    A waiting request holds no thread. Longer waits than the protocol allows are cut.
+    A waiting request holds no thread. Longer waits than the protocol allows are cut. A client
+    whose request waits is alive, whatever the time after which silent ones count as gone.
     """
     await run_in_threadpool(services.store.touch, client.client_id, services.clock.now())
     if not client.is_online:
         services.coordinator.wake()
-    deadline = asyncio.get_running_loop().time() + min(wait_s, routes.MAX_POLL_S)
+    now = asyncio.get_running_loop().time
+    deadline = now() + min(wait_s, routes.MAX_POLL_S)
+    sign_s = services.config.heartbeat_timeout_s / _SIGNS_PER_TIMEOUT
+    sign_at = now() + sign_s
     while True:
         change = services.changes.next_change()
         assignment = await run_in_threadpool(guide, services.store, client, services.clock.now())
         if services.changes.is_closing or not _is_idle(assignment):
             return assignment
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(min(deadline, sign_at)):
                 await change.wait()
         except TimeoutError:
-            return assignment
+            if now() >= deadline or await request.is_disconnected():
+                return assignment
+            if not await run_in_threadpool(_show_alive, services, client):
+                return assignment
+            sign_at = now() + sign_s
 
 
 @mount(
@@ -63,6 +76,14 @@ def report_failure(
     """Stop waiting for a participant that says it cannot finish; repeating it is harmless."""
     assignment = own_assignment(services, client, AssignmentId(assignment_id))
     give_up(services, assignment, report.detail)
+
+
+def _show_alive(services: Services, client: ClientRecord) -> bool:
+    """Note a sign of life, unless the client has said goodbye on another connection."""
+    if not services.store.client(client.client_id).is_online:
+        return False
+    services.store.touch(client.client_id, services.clock.now())
+    return True
 
 
 def _is_idle(assignment: Assignment) -> bool:

@@ -16,6 +16,8 @@ from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.http.problems import ANSWERS, problem_response
 
 _LINGER_S: Final = 10.0
+_MAX_SILENCE_S: Final = 60.0
+"""A sender whose body pauses for longer is treated as gone, so that it holds nothing for ever."""
 _UPLOADS: Final = UPLOAD_APPEND.fill(upload_id="")
 
 
@@ -101,7 +103,11 @@ class _WatchedBody:
 
     async def receive(self) -> Message:
         """Give the next piece."""
-        message = await self._receive()
+        try:
+            async with asyncio.timeout(None if self.is_over else _MAX_SILENCE_S):
+                message = await self._receive()
+        except TimeoutError:
+            return {"type": "http.disconnect"}
         self.is_over = message["type"] != "http.request" or not message.get("more_body")
         return message
 

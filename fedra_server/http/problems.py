@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCode
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
@@ -145,13 +146,40 @@ def problem_response(
 
 
 def install_problems(app: FastAPI) -> None:
-    """Make every error leave the application as a problem document."""
+    """Make every expected error leave the application as a problem document."""
     app.add_exception_handler(FedraServerError, _answer_own_error)
     app.add_exception_handler(NotNowError, _answer_not_now)
     app.add_exception_handler(RequestValidationError, _answer_malformed)
     app.add_exception_handler(HTTPException, _answer_framework_error)
     app.add_exception_handler(OSError, _answer_disk_error)
-    app.add_exception_handler(Exception, _answer_unexpected)
+
+
+class DefectAnswer:
+    """Answers what nothing else handles, inside all that holds for every response.
+
+    Were such an error to reach the server that runs the application, it would close a
+    connection that the caller was told it may use again.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; an answer that has begun can only be broken off."""
+        has_begun = False
+
+        async def send_watched(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_watched)
+        except Exception as error:
+            if scope["type"] != "http" or has_begun:
+                raise
+            answer = _answer_unexpected(Request(scope), error)
+            await answer(scope, receive, send)
 
 
 def code_of(error: FedraServerError) -> ProblemCode:
@@ -164,11 +192,10 @@ def code_of(error: FedraServerError) -> ProblemCode:
 
 async def _answer_own_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, FedraServerError):
-        return await _answer_unexpected(request, error)
+        return _answer_unexpected(request, error)
     code = code_of(error)
     if code is ProblemCode.INTERNAL:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return await _answer_unexpected(request, error)
+        return _answer_unexpected(request, error)
     headers = error.headers if isinstance(error, RefusedWithHeadersError) else None
     logger.info("%s %s refused: %s: %s", request.method, request.url.path, code, error)
     return problem_response(code, str(error), remedy=error.remedy, headers=headers)
@@ -192,7 +219,7 @@ async def _answer_malformed(_request: Request, error: Exception) -> Response:
 
 async def _answer_framework_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
-        return await _answer_unexpected(request, error)
+        return _answer_unexpected(request, error)
     code = _CODE_OF_STATUS.get(error.status_code, ProblemCode.MALFORMED_REQUEST)
     return problem_response(code, str(error.detail), headers=error.headers)
 
@@ -201,11 +228,12 @@ async def _answer_disk_error(request: Request, error: Exception) -> Response:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         logger.error("no space left while serving %s", request.url.path)
         return problem_response(ProblemCode.STORAGE_FULL, "the server's disk is full")
-    return await _answer_unexpected(request, error)
+    return _answer_unexpected(request, error)
 
 
-async def _answer_unexpected(_request: Request, _error: Exception) -> Response:
-    """Say nothing of the error; whoever raises it further or handles it logs it."""
+def _answer_unexpected(request: Request, error: Exception) -> Response:
+    """Log the error and tell the caller nothing of it."""
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return problem_response(ProblemCode.INTERNAL, "the server could not answer; its log says why")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -24,9 +25,14 @@ from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.coordinator import Coordinator
 from fedra_server.errors import ConfigurationError
 from fedra_server.http.app import create_app
+from fedra_server.http.connections import (
+    BoundedProtocol,
+    most_connections,
+    tell_rarely_of_failed_accepts,
+)
+from fedra_server.http.discarding import discard_dead_uploads
 from fedra_server.http.home_lock import sole_server
 from fedra_server.http.services import Services
-from fedra_server.http.uploads import discard_dead_uploads
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.durability import disk_errors, write_durably
 from fedra_server.storage.store import Store
@@ -34,6 +40,9 @@ from fedra_server.storage.store import Store
 logger = logging.getLogger(__name__)
 
 _BACKLOG: Final = 2048
+"""Connections that wait in the system until they are accepted."""
+_ACCEPTS_AT_ONCE: Final = 64
+"""asyncio's backlog: it tries that many accepts in a row, even when every one of them fails."""
 _KEEP_ALIVE_S: Final = 75
 _GRACE_S: Final = 3
 _SIGNALS: Final = tuple(
@@ -121,7 +130,9 @@ class GracefulServer(uvicorn.Server):
                 server_header=False,
                 lifespan="on",
                 ws="none",
-                backlog=_BACKLOG,
+                http=BoundedProtocol,
+                limit_concurrency=most_connections(services.config.max_clients) + 1,
+                backlog=_ACCEPTS_AT_ONCE,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_GRACE_S,
             )
@@ -131,7 +142,10 @@ class GracefulServer(uvicorn.Server):
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        tell_rarely_of_failed_accepts(asyncio.get_running_loop())
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # asyncio has told the system its own, small one
         self._on_ready()
 
     @override

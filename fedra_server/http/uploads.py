@@ -7,7 +7,6 @@ announcing other bytes for it discards those that arrived before.
 
 from __future__ import annotations
 
-import logging
 import secrets
 from typing import Annotated, Final, Literal
 
@@ -21,16 +20,15 @@ from fedra_edge.protocol.ids import UploadId
 from fedra_edge.protocol.messages import DeltaReceipt, UploadStatus
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.wire import ByteCount, Token
-from fedra_server.errors import NotFoundError, NotPermittedError, RefusedError, StorageFullError
+from fedra_server.errors import NotPermittedError, RefusedError, StorageFullError
 from fedra_server.http.auth import Caller, SpeaksProtocol
+from fedra_server.http.discarding import discard, discard_dead_uploads_of
 from fedra_server.http.mounting import FOR_CLIENTS, mount
 from fedra_server.http.problems import NotNowError, RefusedWithHeadersError
 from fedra_server.http.receiving import part_size_bytes, receive
 from fedra_server.http.services import Services, ServicesHere
-from fedra_server.storage.durability import disk_errors
 from fedra_server.storage.records import ClientRecord, UploadRecord
 
-logger = logging.getLogger(__name__)
 router = APIRouter(tags=["uploads"], dependencies=[SpeaksProtocol])
 
 _SPARE_BYTES: Final = 16 * 2**20
@@ -77,7 +75,11 @@ def announce(
     delta: DeltaManifest, services: ServicesHere, client: Caller, response: Response
 ) -> UploadStatus:
     """Take note of a delta; announcing it again gives the same upload, as far as it got."""
-    assignment = services.coordinator.intake.expect(client.client_id, delta)
+    try:
+        assignment = services.coordinator.intake.expect(client.client_id, delta)
+    except RefusedError:
+        discard_dead_uploads_of(services, delta.id)
+        raise
     upload = services.store.upload_for(assignment.assignment_id, delta.sha256)
     if upload is None:
         upload = _begin_upload(services, client, delta)
@@ -147,20 +149,6 @@ async def append(
         return await to_thread.run_sync(_admit, services, upload, limiter=services.admissions)
 
 
-def discard_dead_uploads(services: Services) -> None:
-    """Remove, at the start of a server, the bytes of deltas that can no longer be admitted."""
-    for part in services.home.uploads.glob("*.part"):
-        try:
-            upload = services.store.upload(UploadId(part.stem))
-            assignment = services.coordinator.intake.expect(upload.client_id, upload.delta)
-            is_dead = services.coordinator.intake.is_counted(assignment)
-        except (NotFoundError, NotPermittedError, RefusedError):
-            is_dead = True
-        if is_dead:
-            logger.info("discarding what arrived of upload %s", part.stem)
-            part.unlink(missing_ok=True)
-
-
 def _begin_upload(services: Services, client: ClientRecord, delta: DeltaManifest) -> UploadRecord:
     """Record a new upload in place of any other of its assignment."""
     with services.receiving.hold(delta.id) as is_free:
@@ -172,7 +160,7 @@ def _begin_upload(services: Services, client: ClientRecord, delta: DeltaManifest
         for other in others:
             if other.delta.sha256 == delta.sha256:  # announced twice at the same moment
                 return other
-            _discard(services, other)
+            discard(services, other)
         upload = UploadRecord(
             upload_id=UploadId(secrets.token_hex(16)),
             assignment_id=delta.id,
@@ -189,7 +177,7 @@ def _check_append(services: Services, upload: UploadRecord, offset: int) -> None
     try:
         services.coordinator.intake.expect(upload.client_id, upload.delta)
     except RefusedError:
-        _discard(services, upload)
+        discard(services, upload)
         raise
     if offset != _offset_bytes(services, upload):
         raise _offset_mismatch(services, upload, f"the upload does not stand at byte {offset}")
@@ -220,7 +208,7 @@ def _admit(services: Services, upload: UploadRecord) -> DeltaReceipt:
         if error.code is ProblemCode.DIGEST_MISMATCH:  # the sender may begin again
             part.unlink(missing_ok=True)
         else:
-            _discard(services, upload)
+            discard(services, upload)
         raise
     services.coordinator.wake()
     return receipt
@@ -254,10 +242,3 @@ def _require_space(services: Services, size_bytes: int) -> None:
     free_bytes = services.free_bytes(services.home.uploads)
     if size_bytes > free_bytes - _SPARE_BYTES:
         raise StorageFullError(f"no space for {size_bytes} bytes: the disk has {free_bytes} left")
-
-
-def _discard(services: Services, upload: UploadRecord) -> None:
-    """Forget an upload and its bytes; the bytes first, so that none outlive the record."""
-    with disk_errors("discarding an upload"):
-        services.home.upload_part(upload.upload_id).unlink(missing_ok=True)
-    services.store.remove_upload(upload.upload_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.ids import ClientId
@@ -59,18 +59,18 @@ class ClientRecords(Database):
     def rejoin(
         self, client_id: ClientId, profile: DeviceProfile, run: str | None, now: float
     ) -> ClientRecord:
-        """Note that a client is back, with its machine as it is now; it is online from here.
+        """Note that a client is back; it is online from here, and measures models anew.
+
+        Its machine and its data may have changed, so earlier calibrations are forgotten.
 
         Raises:
             NotFoundError: No such client, or it has left.
         """
-        return self._update_member(
-            client_id,
-            profile=profile.model_dump_json(),
-            run=run,
-            is_online=True,
-            last_seen_at=now,
-        )
+        values = {"profile": profile.model_dump_json(), "run": run}
+        forget = delete(tables.calibrations).where(tables.calibrations.c.client_id == client_id)
+        with self.writing() as connection:
+            connection.execute(forget)
+            return _update_member(connection, client_id, is_online=True, last_seen_at=now, **values)
 
     def touch(self, client_id: ClientId, now: float) -> None:
         """Note a sign of life.
@@ -78,7 +78,8 @@ class ClientRecords(Database):
         Raises:
             NotFoundError: No such client, or it has left.
         """
-        self._update_member(client_id, is_online=True, last_seen_at=now)
+        with self.writing() as connection:
+            _update_member(connection, client_id, is_online=True, last_seen_at=now)
 
     def set_offline(self, client_id: ClientId, now: float) -> None:
         """Note that a client said it goes offline.
@@ -86,7 +87,8 @@ class ClientRecords(Database):
         Raises:
             NotFoundError: No such client, or it has left.
         """
-        self._update_member(client_id, is_online=False, last_seen_at=now)
+        with self.writing() as connection:
+            _update_member(connection, client_id, is_online=False, last_seen_at=now)
 
     def leave(self, client_id: ClientId, now: float) -> None:
         """End a membership for good: the credential opens nothing from now on.
@@ -94,7 +96,8 @@ class ClientRecords(Database):
         Raises:
             NotFoundError: No such client, or it has left already.
         """
-        self._update_member(client_id, is_online=False, has_left=True, last_seen_at=now)
+        with self.writing() as connection:
+            _update_member(connection, client_id, is_online=False, has_left=True, last_seen_at=now)
 
     def rounds_contributed(self, client_id: ClientId) -> int:
         """Count the deltas of a client that were merged."""
@@ -145,14 +148,14 @@ class ClientRecords(Database):
                 for row in connection.execute(query).all()
             }
 
-    def _update_member(self, client_id: ClientId, **values: object) -> ClientRecord:
-        change = update(tables.clients).where(
-            _CLIENTS.client_id == client_id, _CLIENTS.has_left.is_(False)
-        )
-        with self.writing() as connection:
-            if connection.execute(change.values(values)).rowcount == 0:
-                raise NotFoundError(f"there is no member {client_id}")
-            return _client(connection, client_id)
+
+def _update_member(connection: Connection, client_id: ClientId, **values: object) -> ClientRecord:
+    change = update(tables.clients).where(
+        _CLIENTS.client_id == client_id, _CLIENTS.has_left.is_(False)
+    )
+    if connection.execute(change.values(values)).rowcount == 0:
+        raise NotFoundError(f"there is no member {client_id}")
+    return _client(connection, client_id)
 
 
 def _client(connection: Connection, client_id: ClientId) -> ClientRecord:

@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from fedra_edge.protocol import routes
+from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.messages import (
     ClientStatus,
     EnrolRequest,
@@ -26,7 +28,14 @@ from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.config import ServerConfig
 from tests.contract.conftest import Participants
 from tests.support.builders import make_profile
-from tests.support.headquarters import PROTOCOL, Headquarters, Site, headquarters, home_in
+from tests.support.headquarters import (
+    PROTOCOL,
+    Headquarters,
+    Site,
+    connection,
+    headquarters,
+    home_in,
+)
 
 ALL_ROUTES = [value for value in vars(routes).values() if isinstance(value, routes.Route)]
 
@@ -162,6 +171,73 @@ def test_an_evaluation_can_be_repeated(hq: Headquarters, site: Site) -> None:
             assert site.call(routes.EVALUATION, evaluation).status_code == 204
     [record] = hq.services.store.evaluations("evaluated")
     assert record.evaluation.num_correct == 4
+
+
+def test_a_client_reports_on_no_more_examples_than_it_has(hq: Headquarters, site: Site) -> None:
+    honest = Evaluation(run="weighed", revision=0, num_examples=10, num_correct=3, loss_sum=2.5)
+    with hq.run("weighed", min_participants=100), hq.site("new", calibrated=False) as new:
+        inflated = honest.model_copy(update={"num_examples": 11})
+        for sender, evaluation in ((site, inflated), (new, honest)):
+            answer = sender.call(routes.EVALUATION, evaluation)
+            assert (answer.status_code, answer.json()["code"]) == (403, "not-permitted")
+            assert answer.json()["remedy"].startswith("Calibrate")
+        unknown = honest.model_copy(update={"revision": 9})
+        assert site.call(routes.EVALUATION, unknown).status_code == 404
+    assert hq.services.store.evaluations("weighed") == []
+
+
+@pytest.mark.parametrize("revision", [2**31, 2**63, 2**200])
+def test_no_number_is_too_large_to_be_refused(site: Site, revision: int) -> None:
+    honest = Evaluation(run="any", revision=0, num_examples=1, num_correct=1, loss_sum=0.5)
+    answer = site.call(routes.EVALUATION, honest.model_copy(update={"revision": revision}))
+    assert (answer.status_code, answer.json()["code"]) == (422, "malformed-request")
+
+
+def test_a_time_that_no_clock_can_measure_is_refused(hq: Headquarters, site: Site) -> None:
+    honest = Calibration(
+        model_id=hq.spec.model_id,
+        forward_s=0.0,
+        backward_s=1e-9,
+        train_examples=1,
+        held_out_examples=0,
+    )
+    assert site.call(routes.CALIBRATE, honest).status_code == 204
+    answer = site.call(routes.CALIBRATE, honest.model_copy(update={"backward_s": 1e-300}))
+    assert (answer.status_code, answer.json()["code"]) == (422, "malformed-request")
+
+
+def test_a_client_whose_poll_is_held_counts_as_alive(tmp_path: Path) -> None:
+    config = ServerConfig(heartbeat_timeout_s=1)
+    with headquarters(home_in(tmp_path), config) as running, running.site("waiting") as site:
+        services = running.services
+        store, client_id = services.store, ClientId(site.client_id)
+        with connection(running.url, site.http.headers) as http:
+            waiting = Site(site.client_id, site.credential, http)
+            poller = threading.Thread(
+                target=lambda: waiting.call(routes.ASSIGNMENT, params={"wait_s": "3"})
+            )
+            poller.start()
+            silences = []
+            while poller.is_alive():
+                silences.append(services.clock.now() - store.client(client_id).last_seen_at)
+                poller.join(0.1)
+        assert max(silences) < config.heartbeat_timeout_s
+
+
+def test_a_held_poll_brings_nobody_back_who_said_goodbye(tmp_path: Path) -> None:
+    config = ServerConfig(heartbeat_timeout_s=1)
+    with headquarters(home_in(tmp_path), config) as running, running.site("leaving") as site:
+        with connection(running.url, site.http.headers) as http:
+            waiting = Site(site.client_id, site.credential, http)
+            poller = threading.Thread(
+                target=lambda: waiting.call(routes.ASSIGNMENT, params={"wait_s": "20"})
+            )
+            poller.start()
+            poller.join(0.5)
+            assert site.call(routes.OFFLINE).status_code == 204
+            poller.join(5)
+            assert not poller.is_alive()
+        assert not status_of(site).is_online
 
 
 def test_two_admitted_deltas_make_the_next_round(

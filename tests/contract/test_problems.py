@@ -193,12 +193,16 @@ def test_a_full_disk_is_told_before_a_byte_is_sent(tmp_path: Path) -> None:
         check_problem(answer, ProblemCode.STORAGE_FULL)
 
 
-def test_an_unexpected_error_leaks_nothing(tmp_path: Path) -> None:
+def test_an_unexpected_error_leaks_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(_directory: Path) -> int:
         raise RuntimeError("secret")
 
-    with refused_for_space(tmp_path, broken) as answer:
+    with refused_for_space(tmp_path, broken) as answer:  # its connection is used once more
         check_problem(answer, ProblemCode.INTERNAL)
+    [told] = [it for it in caplog.records if it.name == "fedra_server.http.problems"]
+    assert told.exc_info is not None
     assert "secret" not in answer.text
     assert "RuntimeError" not in answer.text
 

@@ -12,7 +12,8 @@ import pytest
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.ids import UploadId
 from fedra_edge.protocol.slices import SliceManifest
-from fedra_server.http.uploads import discard_dead_uploads
+from fedra_server.http.discarding import discard_dead_uploads
+from fedra_server.runs import AssignmentState
 from tests.contract.conftest import Participants
 from tests.support.headquarters import Delta, Headquarters, Site, connection
 
@@ -272,6 +273,36 @@ def test_what_arrived_before_a_broken_connection_is_kept(
     wait_until(lambda: site.announce(delta).offset_bytes == 500)
     wait_until(lambda: not hq.services.receiving.is_held(work.id))
     assert site.append(upload.upload_id, delta.data[500:], offset=500).status_code == 200
+
+
+def test_a_refused_announcement_discards_what_arrived(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    site.append(upload.upload_id, delta.data[:500], complete=False)
+    part = hq.services.home.upload_part(UploadId(upload.upload_id))
+    assert part.exists()
+    hq.services.store.settle(work.id, AssignmentState.REFUSED, "by hand", 0.0)
+    assert site.call(routes.UPLOAD_CREATE, delta.manifest).status_code == 409
+    assert not part.exists()
+    assert hq.services.store.uploads_of(work.id) == []
+
+
+def test_a_published_round_discards_what_came_only_in_part(
+    hq: Headquarters, participants: Participants
+) -> None:
+    (slow, slow_work), (other, others_work) = participants()
+    upload = slow.announce(hq.delta(slow_work))
+    slow.append(upload.upload_id, b"begun", complete=False)
+    part = hq.services.home.upload_part(UploadId(upload.upload_id))
+    assert slow.call(routes.OFFLINE).status_code == 204
+    assert other.send(hq.delta(others_work)).status_code == 200
+    with hq.site("replacement", others_work.run) as third:
+        assert part.exists()
+        assert third.send(hq.delta(third.work())).status_code == 200
+        wait_until(lambda: not part.exists())
 
 
 def test_a_start_discards_what_can_no_longer_be_admitted(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
+import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -13,7 +17,8 @@ import pytest
 
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.models import ModelSpec
-from fedra_server.config import ServerHome
+from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.http import connections
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.store import Store
 from tests.support.headquarters import (
@@ -21,6 +26,8 @@ from tests.support.headquarters import (
     connection,
     create_run,
     enrol,
+    headquarters,
+    home_in,
     honest_delta,
     register_model,
 )
@@ -110,3 +117,49 @@ def test_an_upload_continues_after_the_server_was_killed(home: Path) -> None:
             assert site.work(wait_s=20).revision.number == 1
         finally:
             assert again.stop() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sockets are no files there")
+def test_idle_connections_neither_stop_it_nor_fill_the_disk(home: Path) -> None:
+    with running_server(home, max_open_files=256) as server, ExitStack() as crowd:
+        place = httpx.URL(server.url)
+        for _ in range(400):
+            idle = socket.create_connection((place.host, place.port or 0), timeout=10)
+            crowd.enter_context(idle)
+        answer = httpx.get(f"{server.url}/health/live", timeout=10)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+        crowd.close()
+        assert live_again(server.url)
+        assert server.stop() == 0
+        log = server.log.read_text("utf-8")
+    assert "raise it to" in log
+    assert len(log) < 5000
+
+
+def test_a_connection_that_asks_for_nothing_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_HEAD_S", 0.5)
+    with headquarters(home_in(tmp_path), ServerConfig()) as running, ExitStack() as stack:
+        place = httpx.URL(running.url)
+        for sent in (b"", b"GET /health/live HTTP/1.1\r\nHost: x"):
+            idle = socket.create_connection((place.host, place.port or 0), timeout=10)
+            stack.enter_context(idle)
+            idle.sendall(sent)
+            assert idle.recv(100) == b""
+        with connection(running.url) as http:  # nothing is due between two requests
+            assert http.get("/health/live").status_code == 200
+            stream = http.get("/health/live").extensions["network_stream"]
+            threading.Event().wait(0.8)
+            assert http.get("/health/live").extensions["network_stream"] is stream
+
+
+def live_again(url: str) -> bool:
+    """Wait until a server answers that it lives."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health/live").status_code == 200:
+                return True
+        threading.Event().wait(0.05)
+    return False

@@ -46,15 +46,19 @@ def start_server(
     port: int = 0,
     settings: Mapping[str, str] | None = None,
     without: Sequence[str] = (),
+    max_open_files: int | None = None,
 ) -> ServerProcess:
     """Start a server on a home, made if need be, and wait until it listens.
 
     ``settings`` are FEDRA_SERVER_* settings by their names in server.toml; the packages named
-    in ``without`` are as if they were not installed.
+    in ``without`` are as if they were not installed. ``max_open_files`` is the most that the
+    system then allows the server.
     """
     run_server_command("init", "--home", str(home))
     log = home.with_name(f"{home.name}.log")
     command = [*_command(without), "serve", "--home", str(home), "--port", str(port)]
+    if max_open_files is not None:
+        command = ["sh", "-c", f'ulimit -n {max_open_files}; exec "$@"', "sh", *command]
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=_environment(settings or {})
@@ -69,10 +73,14 @@ def start_server(
 
 @contextmanager
 def running_server(
-    home: Path, *, port: int = 0, settings: Mapping[str, str] | None = None
+    home: Path,
+    *,
+    port: int = 0,
+    settings: Mapping[str, str] | None = None,
+    max_open_files: int | None = None,
 ) -> Iterator[ServerProcess]:
     """Have a server for the length of a block; it may be stopped or killed before."""
-    server = start_server(home, port=port, settings=settings)
+    server = start_server(home, port=port, settings=settings, max_open_files=max_open_files)
     try:
         yield server
     finally:

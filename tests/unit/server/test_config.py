@@ -56,6 +56,7 @@ def test_the_environment_wins_over_the_file(
         ("port = 70000", "port"),
         ("prot = 1", "prot"),
         ("heartbeat_timeout_s = nan", "heartbeat_timeout_s"),
+        ("heartbeat_timeout_s = 0.5", "heartbeat_timeout_s"),
         ("port = ", "server.toml"),
         ('log_level = "loud"', "log_level"),
     ],

@@ -228,16 +228,14 @@ def test_a_damaged_stored_delta_is_left_out_and_its_round_goes_on(
     assert server.states(1)["client-0"] is MERGED
 
 
-@pytest.mark.parametrize(("examples", "seconds"), [(2**31, 0.0), (100, 5e-324), (1, 1e9)])
+@pytest.mark.parametrize(("examples", "seconds"), [(2**31 - 1, 0.0), (2**31 - 1, 1e-9), (1, 1e9)])
 def test_an_absurd_calibration_holds_nobody_up(
     server: Headless, examples: int, seconds: float
 ) -> None:
     with_clients(server, 2, training={"batch_size": 1})
     liar = server.enrol("liar")
     spec = server.store.model(server.store.run(RUN).model_id).spec
-    absurd = make_calibration(
-        spec, forward_s=0.0, backward_s=0.0, train_examples=examples
-    ).model_copy(update={"forward_s": seconds})
+    absurd = make_calibration(spec, forward_s=seconds, backward_s=0.0, train_examples=examples)
     server.store.set_calibration(liar, absurd)
     assert server.coordinator.advance()
     assert {"client-0", "client-1"} <= set(server.assignments(1))
