@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedra_edge.durable_files import storage_errors, sync_directory
+from fedra_edge.durable_files import set_aside, storage_errors, sync_directory
 from fedra_edge.errors import StorageFullError, UnexpectedAnswerError
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.protocol.tensors import sha256_of_file
 
 LOGGER: Final = logging.getLogger(__name__)
 _PART: Final = ".part"
+_FOREIGN: Final = "foreign"
 _MAX_DAMAGED: Final = 2
 _STAMP_STEP_NS: Final = 1000
 
@@ -104,6 +105,8 @@ class LayerCache:
         part = path.with_name(path.name + _PART)
         with storage_errors(f"create {path.parent}"):
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._clear(path)
+        self._clear(part)
         self._make_room(ref.size_bytes, part)
         for _ in range(_MAX_DAMAGED):
             self._fetch(ref, part)
@@ -119,6 +122,14 @@ class LayerCache:
             f"the bytes received for {ref.sha256[:12]} are not the bytes it names",
             remedy="a proxy on the way may change downloads; exempt the server from it",
         )
+
+    def _clear(self, place: Path) -> None:
+        """Move away what is no file, a directory above all; it may be somebody's."""
+        with storage_errors(f"look at {place}"):
+            is_free = place.is_file() or not place.exists()
+        if not is_free:
+            aside = set_aside(place, self._directory / _FOREIGN)
+            LOGGER.warning("%s is no file and was moved to %s", place, aside)
 
     def _make_room(self, needed_bytes: int, part: Path) -> None:
         """Evict what was used least recently until so many more bytes fit the quota."""

@@ -96,8 +96,6 @@ class Participation:
     def train(self, train: Train) -> bool:
         """Train a slice and put its delta into the outbox."""
         manifest = train.manifest
-        if self._equipment.outbox.has(manifest.id):  # trained before, not delivered yet
-            return False
         interval_s = self._equipment.config.heartbeat_s
         beats = Heartbeats(
             self._api, manifest.id, steps_total=manifest.steps, interval_s=interval_s

@@ -17,7 +17,7 @@ from fedra_edge.outbox import Parcel
 from fedra_edge.participation import FATAL, Equipment, Participation
 from fedra_edge.progress import Phase
 from fedra_edge.protocol.devices import DeviceProfile
-from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
 from fedra_edge.protocol.rounds import Stop, Train, Wait
 from fedra_edge.retrying import RetryPolicy
@@ -59,7 +59,9 @@ class Session:
             self._join()
             while not self._control.is_stopping:
                 self._rest_while_paused()
-                self._deliver()
+                if not self._deliver():  # new work would be a second delta for the same round
+                    self._pace(is_done=False)
+                    continue
                 self._note_waiting()
                 asked_at = time.monotonic()
                 match self._api.assignment(self._equipment.config.poll_s):
@@ -109,15 +111,16 @@ class Session:
             self._board.update(phase=Phase.PAUSED, detail="paused")
             self._control.wait_while_paused()
 
-    def _deliver(self) -> None:
-        """Send every delta that waits; one that cannot be sent now stays for the next time."""
+    def _deliver(self) -> bool:
+        """Send every delta that waits; tell whether none is left for the next time."""
         for parcel in self._equipment.outbox.parcels():
             self._board.update(phase=Phase.SENDING, detail="sending the delta")
             try:
                 self._send(parcel)
             except ServerUnreachableError as error:
                 LOGGER.warning("the delta waits in the outbox: %s", error)
-                return
+                return False
+        return True
 
     def _send(self, parcel: Parcel) -> None:
         assignment_id = parcel.manifest.id
@@ -127,11 +130,19 @@ class Session:
             raise
         except ServerRefusedError as error:
             LOGGER.warning("the server refused the delta of %s: %s", assignment_id, error)
+            self._give_up(assignment_id, f"the delta was refused: {error}")
             self._equipment.outbox.refuse(assignment_id)
         else:
             self._equipment.outbox.remove(assignment_id)
             contributed = self._board.current.rounds_contributed + 1
             self._board.update(rounds_contributed=contributed, detail="the delta was admitted")
+
+    def _give_up(self, assignment_id: AssignmentId, detail: str) -> None:
+        """End an assignment whose delta is not wanted, or it would be handed out again."""
+        try:
+            self._api.report_failure(assignment_id, detail)
+        except ServerRefusedError as error:
+            LOGGER.debug("the server does not wait for %s: %s", assignment_id, error)
 
     def _pace(self, is_done: bool, wait: Wait | None = None, asked_at: float = 0.0) -> None:  # noqa: FBT001
         """Wait longer after each failure in a row, and keep off a server that never holds us."""

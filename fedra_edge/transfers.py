@@ -96,9 +96,7 @@ def _append(transport: Transport, upload_id: UploadId, file: Path, offset: int) 
 
 
 def _download_rest(transport: Transport, ref: BlobRef, part: Path, start: int) -> None:
-    headers = {"Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
+    headers = {"Range": f"bytes={start}-"} if start else None
     request = Request(routes.BLOB, routes.BLOB.fill(sha256=ref.sha256), headers=headers)
     with transport.stream(request) as response:
         begin = start if _continues_at(response, start) else 0

@@ -34,6 +34,10 @@ READ_S: Final = 30.0
 WRITE_S: Final = 60.0
 _NOT_NOW: Final = frozenset({408, 425, 429})
 _MAX_PROBLEM_BYTES: Final = 64 * 1024
+_MAX_ANSWER_BYTES: Final = 64 * 2**20
+_WRONG_ADDRESS: Final = (
+    "check that --server is the address of a Fedra server, not of a proxy or portal"
+)
 _REMEDIES: Final = {
     ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave` to drop the identity that this server "
     "does not know, then join again",
@@ -61,6 +65,14 @@ class Request:
     headers: Mapping[str, str] | None = None
     content: bytes | Iterable[bytes] = b""
     read_s: float = READ_S
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A successful answer that is held in memory as a whole."""
+
+    headers: httpx.Headers
+    content: bytes
 
 
 def json_request(route: Route, path: str, body: WireModel | None = None) -> Request:
@@ -122,13 +134,23 @@ class Transport:
                 remedy="check that --server is the address of a Fedra server of this version",
             ) from error
 
-    def send(self, request: Request) -> httpx.Response:
-        """Send a request and read its whole, small answer."""
+    def send(self, request: Request) -> Answer:
+        """Send a request and read its whole, small answer.
+
+        Raises:
+            UnexpectedAnswerError: The answer does not end where every answer should have ended.
+        """
+        content = bytearray()
         with self.stream(request) as response:
-            with _mapped_errors():
-                response.read()
-            self._count(received=response.num_bytes_downloaded)
-            return response
+            for chunk in self.received(response):
+                content += chunk
+                if len(content) > _MAX_ANSWER_BYTES:
+                    raise UnexpectedAnswerError(
+                        f"{request.route.method} {request.path} was answered by more than "
+                        f"{_MAX_ANSWER_BYTES} bytes",
+                        remedy=_WRONG_ADDRESS,
+                    )
+            return Answer(response.headers, bytes(content))
 
     @contextlib.contextmanager
     def stream(self, request: Request) -> Iterator[httpx.Response]:
@@ -141,6 +163,7 @@ class Transport:
             _check_version(response)
             if not response.is_success:
                 raise self._refusal(response)
+            _check_encoding(response)
             yield response
         finally:
             response.close()
@@ -170,7 +193,11 @@ class Transport:
         self._client.close()
 
     def _build(self, request: Request) -> httpx.Request:
-        headers = {PROTOCOL_HEADER: PROTOCOL_VERSION, **(request.headers or {})}
+        headers = {
+            PROTOCOL_HEADER: PROTOCOL_VERSION,
+            "Accept-Encoding": "identity",
+            **(request.headers or {}),
+        }
         if self._credential is not None:
             headers["Authorization"] = f"Bearer {self._credential}"
         timeout = httpx.Timeout(READ_S, connect=CONNECT_S, read=request.read_s, write=WRITE_S)
@@ -255,6 +282,16 @@ def _check_version(response: httpx.Response) -> None:
     raise ProtocolMismatchError(Problem.of(code, status=426, detail=detail), remedy=_REMEDIES[code])
 
 
+def _check_encoding(response: httpx.Response) -> None:
+    """Refuse compressed answers: nobody asked for them, and they may unfold to any size."""
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in {"", "identity"}:
+        raise UnexpectedAnswerError(
+            f"the answer is encoded as {encoding[:20]}, which was not asked for",
+            remedy="a proxy on the way may change answers; exempt the server from it",
+        )
+
+
 def _parse_problem(response: httpx.Response, body: bytes) -> Problem | None:
     with contextlib.suppress(ValidationError):
         if "json" in response.headers.get("content-type", ""):
@@ -288,7 +325,7 @@ def _error_of(response: httpx.Response, problem: Problem | None) -> FedraEdgeErr
 def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
     return UnexpectedAnswerError(
         f"HTTP status {response.status_code} without a problem document",
-        remedy="check that --server is the address of a Fedra server, not of a proxy or portal",
+        remedy=_WRONG_ADDRESS,
     )
 
 

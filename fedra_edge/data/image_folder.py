@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,9 @@ class _Entry(NamedTuple):
 class ImageFolder:
     """``DIR/CLASS/...`` or, with a held-out part of its own, ``DIR/{train,test}/CLASS/...``.
 
-    A class is named by its directory; images may lie deeper. Links are followed once, hidden
-    files are ignored, and whatever is no image is counted in ``skipped``.
+    A class is named by its directory; images may lie deeper. Links are followed, but an image
+    counts once, at its own place when that is in the folder. Hidden files are ignored, and
+    whatever is left out is counted in ``skipped``.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -33,7 +34,7 @@ class ImageFolder:
                 remedy="Give a directory that holds one directory of images per class.",
             )
         self.skipped = SkipReport()
-        self._entries = sorted(self._list())
+        self._entries = sorted(self._without_repeats(self._list()))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -59,41 +60,73 @@ class ImageFolder:
         return problem_of_image(self.root / self._entries[index].path)
 
     def _list(self) -> Iterator[_Entry]:
-        if not _is_split(self.root):
-            yield from self._list_classes(self.root, held_out=None)
-            return
-        has_test = (self.root / "test").is_dir()
-        yield from self._list_classes(self.root / "train", held_out=False if has_test else None)
-        if has_test:
-            yield from self._list_classes(self.root / "test", held_out=True)
-
-    def _list_classes(self, directory: Path, *, held_out: bool | None) -> Iterator[_Entry]:
-        for child in _children(directory):
-            if not child.is_dir():
-                self.skipped.add("file outside any class directory", self._name(child))
-                continue
-            paths = list(self._list_images(child, seen=set()))
+        held_out_by_part: dict[Path, bool | None] = {self.root: None}
+        if _is_split(self.root):
+            has_test = (self.root / "test").is_dir()
+            held_out_by_part = {self.root / "train": False if has_test else None}
+            if has_test:
+                held_out_by_part[self.root / "test"] = True
+        classes = [
+            (child, held_out)
+            for part, held_out in held_out_by_part.items()
+            for child in self._class_directories(part)
+        ]
+        listed = _with_parents(self.root)
+        listed.update(os.path.realpath(place) for place in held_out_by_part)
+        listed.update(os.path.realpath(child) for child, _ in classes)
+        for child, held_out in classes:
+            paths = list(self._list_images(child, set(listed)))
             if not paths:
                 self.skipped.add("class directory without images", self._name(child))
             for path in paths:
                 yield _Entry(self._name(path), child.name.strip(), held_out)
 
-    def _list_images(self, directory: Path, seen: set[str]) -> Iterator[Path]:
-        real = os.path.realpath(directory)
-        if real in seen:
-            self.skipped.add("link to a directory that was already read", self._name(directory))
-            return
-        seen.add(real)
+    def _class_directories(self, part: Path) -> Iterator[Path]:
+        for child in _children(part):
+            if child.is_dir():
+                yield child
+            else:
+                self.skipped.add("file outside any class directory", self._name(child))
+
+    def _list_images(self, directory: Path, listed: set[str]) -> Iterator[Path]:
+        """Yield what lies in a directory; those in ``listed`` are not entered (again)."""
         for child in _children(directory):
             if child.is_dir():
-                yield from self._list_images(child, seen)
+                real = os.path.realpath(child)
+                if real in listed:
+                    reason = "link to a directory that was already read"
+                    self.skipped.add(reason, self._name(child))
+                    continue
+                listed.add(real)
+                yield from self._list_images(child, listed)
             elif child.suffix.lower() in IMAGE_SUFFIXES:
                 yield child
             else:
                 self.skipped.add("not an image file", self._name(child))
 
+    def _without_repeats(self, entries: Iterable[_Entry]) -> Iterator[_Entry]:
+        """Keep each image once; its own place goes before links, which may name another class."""
+        root = os.path.realpath(self.root)
+        found = []
+        for entry in entries:
+            file = os.path.realpath(self.root / entry.path)
+            is_link = Path(file) != Path(root, entry.path)
+            found.append((is_link, entry, file))
+        seen: set[str] = set()
+        for _, entry, file in sorted(found):
+            if file in seen:
+                self.skipped.add("link to an image that was already read", entry.path)
+                continue
+            seen.add(file)
+            yield entry
+
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
+
+
+def _with_parents(directory: Path) -> set[str]:
+    real = Path(os.path.realpath(directory))
+    return {str(real), *map(str, real.parents)}
 
 
 def _is_split(root: Path) -> bool:

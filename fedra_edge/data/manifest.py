@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -21,12 +23,17 @@ class _Row(NamedTuple):
     label: str
     held_out: bool | None
 
+    @property
+    def key(self) -> str:
+        """The path, freed of what makes two spellings of it differ."""
+        return posixpath.normpath(self.path)
+
 
 class ManifestDataset:
     """Rows of ``path,label`` and optionally ``split`` (train or test), in UTF-8.
 
-    Paths are relative to the CSV file. The separator may be a comma, semicolon or tab. A path
-    listed twice counts once and is noted in ``skipped``.
+    Paths are relative to the CSV file. The separator may be a comma, semicolon or tab. A file
+    listed twice, under whatever path, counts once and is noted in ``skipped``.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -45,8 +52,8 @@ class ManifestDataset:
         return self._rows[index].label
 
     def key_of(self, index: int) -> str:
-        """Give the path column."""
-        return self._rows[index].path
+        """Give the path column, normalised."""
+        return self._rows[index].key
 
     def is_held_out(self, index: int) -> bool | None:
         """Tell whether the split column says test; None when it is empty or missing."""
@@ -63,10 +70,12 @@ class ManifestDataset:
         text = _read_text(self.path)
         rows: dict[str, _Row] = {}
         for line, row in _parse(text, self.path):
-            known = rows.setdefault(row.path, row)
+            file = os.path.normcase(os.path.realpath(self.path.parent / row.path))
+            known = rows.setdefault(file, row)
             if known is row:
                 continue
-            again = "listed twice" if known == row else "listed twice with different values"
+            is_same = (known.label, known.held_out) == (row.label, row.held_out)
+            again = "listed twice" if is_same else "listed twice with different values"
             self.skipped.add(again, f"{row.path} in line {line}")
         return list(rows.values())
 

@@ -66,6 +66,7 @@ class TorchTrainer:
         loaded = load_slice(work, self._device)
         optimizer = build_optimizer(manifest.training, loaded.trained.values())
         losses: list[float] = []
+        num_drawn = 0
         for batch in draw_batches(
             data.train_indices, manifest.training.batch_size, manifest.steps, manifest.seed
         ):
@@ -74,10 +75,11 @@ class TorchTrainer:
             losses.append(_accumulate(loaded, work, data, batch))
             nn.utils.clip_grad_norm_(loaded.trained.values(), manifest.training.clip_norm)
             optimizer.step()
+            num_drawn += len(batch)
             on_step(len(losses), manifest.steps, losses[-1])
         return TrainedSlice(
             adapters=loaded.trained_values(),
-            num_examples=len(data.train_indices),
+            num_examples=min(num_drawn, len(data.train_indices)),  # an epoch repeats none
             steps=len(losses),
             first_loss=losses[0],
             last_loss=losses[-1],

@@ -40,8 +40,9 @@ class SliceWork:
 class TrainedSlice:
     """Trained values of exactly the assigned layers' adapters and the head, by global name.
 
-    ``num_examples`` counts the local examples trained on, each once; losses are means per
-    example of the first and the last step.
+    ``num_examples`` counts the local examples that this training has drawn, each once: fewer
+    than there are when its steps end within the first epoch. Losses are means per example of
+    the first and the last step.
     """
 
     adapters: Mapping[str, FloatArray]

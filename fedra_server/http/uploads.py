@@ -75,6 +75,7 @@ def announce(
     delta: DeltaManifest, services: ServicesHere, client: Caller, response: Response
 ) -> UploadStatus:
     """Take note of a delta; announcing it again gives the same upload, as far as it got."""
+    services.store.touch(client.client_id, services.clock.now())
     try:
         assignment = services.coordinator.intake.expect(client.client_id, delta)
     except RefusedError:

@@ -132,7 +132,7 @@ def test_bad_files_are_reported_and_the_rest_is_used(tmp_path: Path) -> None:
     assert len(matched.train_indices) == 1
     assert matched.report.counts == {
         "unreadable image": 3,
-        "image has too many pixels": 1,
+        "image is too large": 1,
         "not an image file": 1,
         "class directory without images": 1,
         "file outside any class directory": 1,

@@ -161,3 +161,19 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path, shelf
     (tmp_path / "blobs").write_bytes(b"")
     with pytest.raises(StorageError):
         make_cache(tmp_path, shelf).path(shelf.add("a"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".part"])
+def test_a_directory_at_a_blob_s_place_is_moved_away(
+    tmp_path: Path, shelf: Shelf, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ref = shelf.add("a")
+    place = tmp_path / "blobs" / ref.sha256[:2] / f"{ref.sha256}{suffix}"
+    place.mkdir(parents=True)
+    (place / "precious.txt").write_text("mine", encoding="utf-8")
+    cache = make_cache(tmp_path, shelf)
+    assert cache.path(ref).read_bytes() == b"a" * KIB
+    kept = tmp_path / "blobs" / "foreign" / place.name / "precious.txt"
+    assert kept.read_text(encoding="utf-8") == "mine"
+    assert "is no file" in caplog.text
+    assert cache.used_bytes == KIB

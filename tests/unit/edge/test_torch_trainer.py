@@ -88,6 +88,12 @@ def test_training_lowers_the_loss_and_reports_it(tiny: TinyVit) -> None:
     assert result.train_s > 0
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(1, 5), (2, 10), (3, 12), (4, 12)])
+def test_only_examples_that_were_drawn_count(tiny: TinyVit, steps: int, expected: int) -> None:
+    training = TrainingSpec(batch_size=5)
+    assert train(tiny, [0], training=training, steps=steps).num_examples == expected
+
+
 @pytest.mark.parametrize("micro_batch", [1, 5, 7])
 def test_micro_batches_add_up_to_the_gradient_of_the_batch(tiny: TinyVit, micro_batch: int) -> None:
     whole_batch, in_parts = plain_gradients(tiny, 12), plain_gradients(tiny, micro_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
 from fedra_edge.protocol.version import PROTOCOL_HEADER
 from fedra_edge.retrying import Retrier, RetryPolicy
-from fedra_edge.transport import Transport, open_http_client
+from fedra_edge.transport import Request, Transport, open_http_client
 from tests.support.wire_server import Received, Reply, Script, scripted, serving, unused_port
 
 QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.01, max_wait_s=0.02)
@@ -223,6 +224,34 @@ def test_a_model_that_is_not_the_one_asked_for_is_refused() -> None:
         pytest.raises(UnexpectedAnswerError),
     ):
         api.model(ModelId("0" * 64))
+
+
+def test_an_answer_without_end_is_given_up() -> None:
+    endless = Reply(200, b" " * (65 * 2**20), {"Content-Type": "application/json"})
+    with serving(scripted(endless)) as server:
+        transport = Transport(open_http_client(server.url))
+        with pytest.raises(UnexpectedAnswerError, match="by more than") as failure:
+            transport.ask(Request(routes.READY, routes.READY.path), Health)
+        assert transport.traffic.bytes_received < 65 * 2**20
+        transport.close()
+    assert failure.value.remedy
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
+def test_a_compressed_answer_is_refused(encoding: str) -> None:
+    bomb = Reply(200, gzip.compress(b" " * 2**20), {"Content-Encoding": encoding})
+    failure = failure_of(scripted(bomb))
+    assert isinstance(failure, UnexpectedAnswerError)
+    assert "encoded as" in str(failure)
+
+
+def test_no_compressed_answer_is_asked_for(tmp_path: Path) -> None:
+    part = tmp_path / "blob.part"
+    with serving(scripted(HEALTHY, Reply(200, CONTENT))) as server:
+        with connected(server.url) as (api, _):
+            api.health()
+            api.download_blob(REF, part)
+        assert [sent.headers["Accept-Encoding"] for sent in server.received] == ["identity"] * 2
 
 
 CONTENT = bytes(range(256)) * 4000
