@@ -13,12 +13,13 @@ install: $(STAMP)  ## Make .venv with everything for development
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); this takes a minute or two, once."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## Run the main job: a server, six real clients, real data, a tuned adapter
-	$(BIN)/python -m sdk_examples.demo
+	$(BIN)/python -m sdk_examples.demo $(if $(ROUNDS),--rounds $(ROUNDS))
 
 test: $(STAMP)  ## Lint, type-check and run every test
 	$(MAKE) --no-print-directory check

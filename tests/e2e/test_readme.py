@@ -121,4 +121,4 @@ def test_the_python_of_the_readme_runs(desk: Desk) -> None:
         capture_output=True, encoding="utf-8", timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in {"starting", "connecting"}
+    assert done.stdout.startswith(("starting", "connecting", "waiting"))
