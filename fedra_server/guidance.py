@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedra_edge.protocol.rounds import Assignment, EvaluationTask, Stop, Train, Wait
 from fedra_server.fitting import Unfit, fit_work
 from fedra_server.runs import RunState
@@ -36,7 +38,7 @@ def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
         return Wait(reason="; ".join(_why_waiting(store, client, run) for run in active)[:4000])
     if client.run is not None and runs and runs[0].state in _OVER:
         return Stop(reason=f"run {client.run} is {runs[0].state}")
-    return Wait(reason="no run is active")
+    return Wait(reason=_why_nothing(runs))
 
 
 def _train(
@@ -61,7 +63,17 @@ def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
         return f"this machine cannot take part in run {run.run}: {fit.reason}"
     if run.state is RunState.PAUSED:
         return f"run {run.run} is paused"
+    if store.current_round(run.run) is None:
+        return f"run {run.run} waits until {run.spec.min_participants} participants are ready"
     return f"run {run.run} waits for other participants"
+
+
+def _why_nothing(runs: Sequence[RunRecord]) -> str:
+    """Explain why no run is active, by the latest of those that were started."""
+    started = [run for run in runs if run.state is not RunState.CREATED]
+    if started and started[-1].state is RunState.STOPPED:
+        return f"no run is active; run {started[-1].run} was stopped"
+    return "no run is active"
 
 
 def _final_evaluation(store: Store, client: ClientRecord, run: RunRecord) -> EvaluationTask | None:

@@ -7,7 +7,11 @@ are global ids and ``coverage[i]`` belongs to layer i. In full:
     run, state, model, spec, num_layers, rounds_planned, rounds_published, revision
     round: null or {number, base_revision, draws, opened_at, deadline_at, participants: [
         {client_id, name, state, trained_layer_ids, depth, residency, micro_batch, steps,
-         predicted_peak_bytes, reason, detail}]}
+         predicted_peak_bytes, reason, detail}]}; of a stopped run the round that it ended with,
+        which is never published
+    waiting: [{name, reason}], while the run is running: who is online and has no part in the
+        open round, or in none because none is open; reason is "ready", or why it cannot take
+        part: "not calibrated yet", "at work for another run", or what its machine lacks
     coverage: [how often each layer was trained, over all published rounds]
     rounds: [{number, published_at, coverage, participants, merged, num_examples, mean_loss}]
     accuracy: [{revision, pooled, sites: {client_id: ...}}] with, for pooled and each site,
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
@@ -27,9 +32,12 @@ from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.ids import ClientId, LayerId
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import Depth, Residency
+from fedra_server.fitting import Unfit, fit_work
 from fedra_server.runs import AssignmentState, RunSpec, RunState
 from fedra_server.storage.histories import RunHistory
 from fedra_server.storage.records import AssignmentRecord, ClientRecord, RoundRecord
+
+READY: Final = "ready"
 
 
 class _Report(BaseModel):
@@ -61,6 +69,13 @@ class OpenRoundReport(_Report):
     opened_at: float
     deadline_at: float
     participants: tuple[ParticipantReport, ...]
+
+
+class WaitingReport(_Report):
+    """A member that is there and has no part in the round; the reason says why."""
+
+    name: str
+    reason: str
 
 
 class PublishedRoundReport(_Report):
@@ -120,14 +135,15 @@ class RunReport(_Report):
     rounds_published: int
     revision: int
     round: OpenRoundReport | None
+    waiting: tuple[WaitingReport, ...]
     coverage: tuple[int, ...]
     rounds: tuple[PublishedRoundReport, ...]
     accuracy: tuple[RevisionReport, ...]
     clients: tuple[ClientReport, ...]
 
 
-def report_run(history: RunHistory) -> RunReport:
-    """Compute the report of a run."""
+def report_run(history: RunHistory, seen_since: float = 0.0) -> RunReport:
+    """Compute the report of a run; a client last seen before ``seen_since`` is not there."""
     num_layers = history.model.spec.num_layers
     names = {client.client_id: client.name for client in history.clients}
     by_round: dict[int, list[AssignmentRecord]] = defaultdict(list)
@@ -149,6 +165,7 @@ def report_run(history: RunHistory) -> RunReport:
         rounds_published=len(published),
         revision=max(record.manifest.number for record in history.revisions),
         round=_open_round(under_way[0], by_round, names) if under_way else None,
+        waiting=_waiting(history, under_way, seen_since),
         coverage=_sum_per_layer((record.coverage for record in published), num_layers),
         rounds=published,
         accuracy=_accuracy(history),
@@ -186,6 +203,34 @@ def _participant(record: AssignmentRecord, names: Mapping[ClientId, str]) -> Par
         reason=record.reason,
         detail=record.detail,
     )
+
+
+def _waiting(
+    history: RunHistory, under_way: Sequence[RoundRecord], seen_since: float
+) -> tuple[WaitingReport, ...]:
+    if history.run.state is not RunState.RUNNING:
+        return ()
+    numbers = {record.number for record in under_way}
+    taking_part = {it.client_id for it in history.assignments if it.round_number in numbers}
+    return tuple(
+        WaitingReport(name=client.name, reason=_why_waiting(history, client))
+        for client in history.clients
+        if client.is_online
+        and not client.has_left
+        and client.last_seen_at >= seen_since
+        and client.run in {None, history.run.run}
+        and client.client_id not in taking_part
+    )
+
+
+def _why_waiting(history: RunHistory, client: ClientRecord) -> str:
+    if client.client_id in history.busy_elsewhere:
+        return "at work for another run"
+    calibration = history.calibrations.get(client.client_id)
+    if calibration is None:
+        return "not calibrated yet"
+    fit = fit_work(client.profile, calibration, history.model.spec, history.run.spec)
+    return fit.reason if isinstance(fit, Unfit) else READY
 
 
 def _published_round(

@@ -29,10 +29,11 @@ class EnrolReceipt(WireModel):
 
 
 class RejoinRequest(WireModel):
-    """An enrolled client is back, perhaps on a changed machine."""
+    """An enrolled client is back, perhaps on a changed machine; without a name it keeps its own."""
 
     profile: DeviceProfile
     run: RunName | None = None
+    name: SiteName | None = None
 
 
 class Heartbeat(WireModel):

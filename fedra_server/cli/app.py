@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -13,21 +13,27 @@ from fedra_server import __version__
 from fedra_server.cli import clients, models, runs
 from fedra_server.cli.output import tell_json
 from fedra_server.cli.workplace import (
+    CLOSED_REMEDY,
     DEFAULT_HOME,
     HomeOption,
     JsonOption,
+    advising,
+    check_access,
     example,
     initialised_home,
     open_workplace,
 )
 from fedra_server.config import CONFIG_TEMPLATE, ServerConfig, ServerHome
-from fedra_server.exit_codes import EXIT_CODES_HELP
 from fedra_server.storage.durability import disk_errors, write_durably
 from fedra_server.storage.store import Store
 
+_UNLESS_SET: Final = "{} unless server.toml says otherwise"
+_HOST: Final = ServerConfig.model_fields["host"].default
+_PORT: Final = ServerConfig.model_fields["port"].default
+
 app = typer.Typer(
     help="Tune a foundation model together with machines that cannot hold it.",
-    epilog=EXIT_CODES_HELP,
+    epilog=example("init --home /srv/fedra"),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -42,7 +48,8 @@ app.add_typer(clients.app, name="client")
 def init(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Make a server home: directories, settings file and database. Safe to repeat."""
     place = ServerHome(home.absolute())
-    with disk_errors(f"making the server home {home}"):
+    check_access(place)
+    with advising(CLOSED_REMEDY), disk_errors(f"making the server home {home}"):
         place.create()
         is_new = not place.config_file.exists()
         if is_new:
@@ -58,9 +65,14 @@ def init(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
 @app.command(epilog=example("serve --host 0.0.0.0 --port 8470"))
 def serve(
     home: HomeOption = DEFAULT_HOME,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help=f"Address to listen on; {_UNLESS_SET.format(_HOST)}.")
+    ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65_535, help="Port; 0 takes any free one.")
+        int | None,
+        typer.Option(
+            min=0, max=65_535, help=f"Port; {_UNLESS_SET.format(_PORT)}; 0 takes any free one."
+        ),
     ] = None,
 ) -> None:
     """Serve the clients until stopped by SIGINT or SIGTERM."""

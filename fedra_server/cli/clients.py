@@ -19,7 +19,12 @@ from fedra_server.cli.workplace import (
 )
 from fedra_server.storage.records import ClientRecord
 
-app = typer.Typer(help="See the population.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="See the population.",
+    epilog=example("client list"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from pydantic import JsonValue
@@ -16,14 +17,22 @@ from fedra_server.cli.workplace import (
     DEFAULT_HOME,
     HomeOption,
     JsonOption,
+    Workplace,
     example,
     open_workplace,
 )
-from fedra_server.errors import ConfigurationError
+from fedra_server.errors import ConfigurationError, ConflictError
+from fedra_server.modelbook.comparing import check_directory, surely_differs
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import ModelRecord
 
-app = typer.Typer(help="Register and list models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Register and list models.",
+    epilog=example("model add vit ./vit-base"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+_FRAMEWORKS: Final = ("torch", "transformers")
 
 
 @app.command(epilog=example("model add vit ./vit-base"))
@@ -36,6 +45,7 @@ def add(
     """Split a model into pieces, measure them and register it. Needs torch."""
     checked_name(name)
     with open_workplace(home) as place:
+        _refuse_early(path, name, place)
         spec = _register(path, name, place.blobs)
         record = place.store.add_model(spec, time.time())
     if as_json:
@@ -69,6 +79,20 @@ def list_models(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) ->
     )
 
 
+def _refuse_early(path: Path, name: str, place: Workplace) -> None:
+    """Refuse what cannot work before the seconds that importing a framework takes."""
+    for framework in _FRAMEWORKS:
+        if find_spec(framework) is None:
+            raise _missing(framework)
+    check_directory(path)
+    for known in place.store.models():
+        if known.spec.name == name and surely_differs(path, known.spec, place.blobs):
+            raise ConflictError(
+                f"a model named {name!r} is registered already, and {path} differs from it",
+                remedy="Choose another name.",
+            )
+
+
 def _register(path: Path, name: str, blobs: BlobStore) -> ModelSpec:
     try:
         from fedra_server.modelbook.registering import register_model
@@ -77,10 +101,13 @@ def _register(path: Path, name: str, blobs: BlobStore) -> ModelSpec:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fedra"):
             raise
-        raise ConfigurationError(
-            f"registering a model needs {error.name}",
-            remedy='pip install "fedra[modelbook,server]"',
-        ) from error
+        raise _missing(error.name) from error
+
+
+def _missing(module: str | None) -> ConfigurationError:
+    return ConfigurationError(
+        f"registering a model needs {module}", remedy='pip install "fedra[modelbook,server]"'
+    )
 
 
 def _summary(record: ModelRecord) -> JsonValue:

@@ -59,7 +59,8 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
 
     Raises:
         typer.BadParameter: A value is out of range.
-        ConfigurationError: A target is no linear module of the model's block.
+        ConfigurationError: A target is no linear module of the model's block, or the model
+            has fewer layers than ``max_layers``.
     """
     adapter = {**_fields_of(AdapterSpec, chosen)}
     adapter["targets"] = tuple(chosen["target"] or model.default_targets)
@@ -72,6 +73,11 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
         model.layer_adapter_shapes(spec.adapter, LayerId(0))
     except ValueError as error:
         raise ConfigurationError(str(error), remedy="Give full names with --target.") from None
+    if spec.max_layers is not None and spec.max_layers > model.num_layers:
+        raise ConfigurationError(
+            f"--max-layers {spec.max_layers}: the model has only {model.num_layers} layers",
+            remedy=f"Give at most {model.num_layers}, or leave --max-layers out.",
+        )
     return spec
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 from fedra_server.cli.output import format_bytes, format_layers, format_time, tell_table
-from fedra_server.reporting import OpenRoundReport, RunReport
+from fedra_server.reporting import READY, OpenRoundReport, RunReport
+from fedra_server.runs import RunState
 
 
 def tell_report(report: RunReport) -> None:
@@ -15,13 +16,16 @@ def tell_report(report: RunReport) -> None:
     typer.echo(f"Latest revision: {report.revision}")
     typer.echo(f"Coverage per layer: {' '.join(str(count) for count in report.coverage)}")
     if report.round is not None:
-        _tell_round(report.round)
+        _tell_round(report.round, is_over=report.state is RunState.STOPPED)
+    _tell_waiting(report)
     _tell_accuracy(report)
     _tell_clients(report)
 
 
-def _tell_round(current: OpenRoundReport) -> None:
-    typer.echo(f"\nRound {current.number}, open until {format_time(current.deadline_at)}")
+def _tell_round(current: OpenRoundReport, *, is_over: bool) -> None:
+    until = f"open until {format_time(current.deadline_at)}"
+    ended = "ended unpublished: the run was stopped"
+    typer.echo(f"\nRound {current.number}, {ended if is_over else until}")
     tell_table(
         ["CLIENT", "STATE", "LAYERS", "DEPTH", "STEPS", "PROMISE", "WHY"],
         [
@@ -38,6 +42,22 @@ def _tell_round(current: OpenRoundReport) -> None:
         ],
         empty="No participants yet.",
     )
+
+
+def _tell_waiting(report: RunReport) -> None:
+    """Say what a running run waits for, and who of those online is left out and why."""
+    if report.state is not RunState.RUNNING:
+        return
+    if report.round is None:
+        ready = sum(it.reason == READY for it in report.waiting)
+        needed = report.spec.min_participants
+        typer.echo(f"\nRound {report.rounds_published + 1} is not open yet")
+        typer.echo(f"waits for participants: {ready} of {needed} ready")
+    elif report.waiting:
+        typer.echo("\nOnline, but not in this round")
+    if report.waiting:
+        rows = [[it.name, it.reason] for it in report.waiting]
+        tell_table(["CLIENT", "WHY"], rows, empty="")
 
 
 def _tell_accuracy(report: RunReport) -> None:

@@ -23,6 +23,7 @@ from fedra_server.cli.workplace import (
     JsonOption,
     Workplace,
     example,
+    home_flag,
     open_workplace,
 )
 from fedra_server.errors import ConflictError
@@ -30,7 +31,12 @@ from fedra_server.reporting import report_run
 from fedra_server.runs import RunSpec, RunState
 from fedra_server.storage.records import ModelRecord, RunRecord
 
-app = typer.Typer(help="Create, steer and watch runs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Create, steer and watch runs.",
+    epilog=example("run status digits"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the run.")]
 
@@ -73,7 +79,8 @@ def create(
     if as_json:
         tell_json(_summary(record, model))
     else:
-        typer.echo(f"Created run {name} on {model}; it is {record.state}")
+        how = f"start it with `fedra-server run start {name}{home_flag(home)}`"
+        typer.echo(f"Created run {name} on {model}; {'it is running' if start else how}")
 
 
 @app.command(epilog=example("run start digits"))
@@ -84,7 +91,7 @@ def start(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOpti
 
 @app.command(epilog=example("run pause digits"))
 def pause(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Let the open round end and open no further one until the run is started again."""
+    """Let the open round end, then wait until started again."""
     _set_state(home, name, RunState.PAUSED, {RunState.RUNNING}, as_json)
 
 
@@ -125,9 +132,10 @@ def list_runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> N
 def status(
     name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
 ) -> None:
-    """Show the open round, coverage, accuracy and what it cost the clients."""
+    """Show the round, who it waits for, accuracy and costs."""
     with open_workplace(home) as place:
-        report = report_run(place.store.run_history(name))
+        seen_since = time.time() - place.config.heartbeat_timeout_s
+        report = report_run(place.store.run_history(name), seen_since)
     if as_json:
         tell_json(report)
     else:
@@ -152,6 +160,8 @@ def _set_state(
     home: Path, name: str, state: RunState, allowed_from: Collection[RunState], as_json: bool
 ) -> None:
     with open_workplace(home) as place:
+        if place.store.run(name).state is state:
+            raise ConflictError(f"run {name!r} is {state} already")
         record = place.store.set_run_state(name, state, allowed_from)
         model = place.store.model(record.model_id).spec.name
     if as_json:

@@ -65,9 +65,10 @@ def enrol(request: EnrolRequest, services: ServicesHere) -> EnrolReceipt:
 
 @mount(router, routes.REJOIN, *FOR_CLIENTS, ProblemCode.NOT_FOUND)
 def rejoin(request: RejoinRequest, services: ServicesHere, client: Caller) -> ClientStatus:
-    """Note that a client is back, perhaps on a changed machine or for another run."""
+    """Note that a client is back, perhaps changed, renamed or for another run."""
     _require_run(services, request.run)
-    services.store.rejoin(client.client_id, request.profile, request.run, services.clock.now())
+    now = services.clock.now()
+    services.store.rejoin(client.client_id, request.profile, request.run, now, request.name)
     services.coordinator.wake()
     return _status(services, services.store.client(client.client_id))
 

@@ -57,16 +57,24 @@ class ClientRecords(Database):
             return [client_record(row) for row in connection.execute(query).all()]
 
     def rejoin(
-        self, client_id: ClientId, profile: DeviceProfile, run: str | None, now: float
+        self,
+        client_id: ClientId,
+        profile: DeviceProfile,
+        run: str | None,
+        now: float,
+        name: str | None = None,
     ) -> ClientRecord:
         """Note that a client is back; it is online from here, and measures models anew.
 
-        Its machine and its data may have changed, so earlier calibrations are forgotten.
+        Its machine and its data may have changed, so earlier calibrations are forgotten. It
+        keeps its name unless it gives another.
 
         Raises:
             NotFoundError: No such client, or it has left.
         """
         values = {"profile": profile.model_dump_json(), "run": run}
+        if name is not None:
+            values["name"] = name
         forget = delete(tables.calibrations).where(tables.calibrations.c.client_id == client_id)
         with self.writing() as connection:
             connection.execute(forget)
@@ -137,16 +145,21 @@ class ClientRecords(Database):
 
     def calibrations(self, model_id: str) -> dict[ClientId, Calibration]:
         """Give what each member measured of a model."""
-        query = (
-            select(tables.calibrations)
-            .join(tables.clients)
-            .where(tables.calibrations.c.model_id == model_id, _CLIENTS.has_left.is_(False))
-        )
         with self.reading() as connection:
-            return {
-                ClientId(row.client_id): Calibration.model_validate_json(row.calibration)
-                for row in connection.execute(query).all()
-            }
+            return find_calibrations(connection, model_id)
+
+
+def find_calibrations(connection: Connection, model_id: str) -> dict[ClientId, Calibration]:
+    """Read inside a transaction what each member measured of a model."""
+    query = (
+        select(tables.calibrations)
+        .join(tables.clients)
+        .where(tables.calibrations.c.model_id == model_id, _CLIENTS.has_left.is_(False))
+    )
+    return {
+        ClientId(row.client_id): Calibration.model_validate_json(row.calibration)
+        for row in connection.execute(query).all()
+    }
 
 
 def _update_member(connection: Connection, client_id: ClientId, **values: object) -> ClientRecord:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import select
 
+from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.ids import ClientId
+from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
+from fedra_server.storage.clients import find_calibrations
 from fedra_server.storage.database import Database
 from fedra_server.storage.evaluations import find_evaluations
 from fedra_server.storage.records import (
@@ -25,7 +29,11 @@ from fedra_server.storage.runs import find_revisions, find_run
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run with all its records; ``clients`` holds the whole population, left members too."""
+    """A run with all its records; ``clients`` holds the whole population, left members too.
+
+    ``calibrations`` are the members' of the run's model; ``busy_elsewhere`` names who has work
+    of another run.
+    """
 
     run: RunRecord
     model: ModelRecord
@@ -34,6 +42,8 @@ class RunHistory:
     assignments: list[AssignmentRecord]
     evaluations: list[EvaluationRecord]
     clients: list[ClientRecord]
+    calibrations: dict[ClientId, Calibration]
+    busy_elsewhere: frozenset[ClientId]
 
 
 class RunHistories(Database):
@@ -49,6 +59,10 @@ class RunHistories(Database):
             record = find_run(connection, run)
             model = select(tables.models).where(tables.models.c.model_id == record.model_id)
             clients = select(tables.clients).order_by(tables.clients.c.enrolled_at)
+            busy = select(tables.assignments.c.client_id).where(
+                tables.assignments.c.run != run,
+                tables.assignments.c.state == AssignmentState.PENDING.value,
+            )
             return RunHistory(
                 run=record,
                 model=model_record(connection.execute(model).one()),
@@ -57,4 +71,6 @@ class RunHistories(Database):
                 assignments=find_assignments(connection, run),
                 evaluations=find_evaluations(connection, run),
                 clients=[client_record(row) for row in connection.execute(clients).all()],
+                calibrations=find_calibrations(connection, record.model_id),
+                busy_elsewhere=frozenset(map(ClientId, connection.execute(busy).scalars())),
             )

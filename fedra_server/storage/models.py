@@ -36,7 +36,8 @@ class ModelRecords(Database):
                 return ModelRecord(spec.model_id, spec, now)
             if known.model_id != spec.model_id:
                 raise ConflictError(
-                    f"another model is named {spec.name!r}", remedy="Choose another name."
+                    f"a model named {spec.name!r} is registered already, and this one differs",
+                    remedy="Choose another name.",
                 )
             return known
 

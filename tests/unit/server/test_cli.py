@@ -29,6 +29,7 @@ from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.store import Store
 from tests.support.builders import (
     make_assignment,
+    make_calibration,
     make_client,
     make_digest,
     make_evaluation,
@@ -202,6 +203,7 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
         (["digits", "--model", "tiny", "--depth", "deep"], ExitCode.USAGE, "depth"),
         (["digits", "--model", "tiny", "--learning-rate", "nan"], ExitCode.USAGE, "learning_rate"),
         (["digits", "--model", "tiny", "--target", "fc2"], ExitCode.CONFIGURATION, "mlp.fc2"),
+        (["digits", "--model", "tiny", "--max-layers", "99"], ExitCode.CONFIGURATION, "4 layers"),
         (["taken", "--model", "tiny"], ExitCode.CONFLICT, "exists already"),
     ],
 )
@@ -243,6 +245,40 @@ def test_status_shows_the_round_and_the_accuracy(command: Command, home: ServerH
     text = command("run", "status", "digits").out
     for told in ("Plant Nord", "1,3", "450.0 MB", "50.0%", "Coverage per layer: 0 0 0 0"):
         assert told in text
+
+
+@pytest.mark.usefixtures("model")
+def test_status_shows_what_a_run_waits_for(command: Command, home: ServerHome) -> None:
+    told = command("run", "create", "digits", "--model", "tiny").out
+    assert "fedra-server run start digits`" in told
+    assert "waits" not in command("run", "status", "digits").out
+    command("run", "start", "digits")
+    assert command("run", "start", "digits").err == "error: run 'digits' is running already\n"
+    now = time.time()
+    with opened(home) as store:
+        store.add_client(replace(make_client("a"), last_seen_at=now), make_digest("a"))
+        store.add_client(replace(make_client("b"), last_seen_at=now), make_digest("b"))
+        store.add_client(make_client("silent"), make_digest("silent"))
+        store.set_calibration(ClientId("a"), make_calibration(store.models()[0].spec))
+    waiting = command("run", "status", "digits", "--json").json["waiting"]
+    assert {it["name"]: it["reason"] for it in waiting} == {
+        "plant a": "ready",
+        "plant b": "not calibrated yet",
+    }
+    text = command("run", "status", "digits").out
+    assert "waits for participants: 1 of 2 ready\n" in text
+    assert "not calibrated yet" in text
+
+
+@pytest.mark.usefixtures("model")
+def test_a_stopped_runs_last_round_is_not_shown_as_open(command: Command, home: ServerHome) -> None:
+    command("run", "create", "digits", "--model", "tiny", "--start")
+    with opened(home) as store:
+        store.add_client(make_client(), make_digest("secret"))
+        store.open_round(make_round(run="digits"), [make_assignment(run="digits")])
+    assert "Round 1, open until" in command("run", "status", "digits").out
+    command("run", "stop", "digits")
+    assert "Round 1, ended unpublished" in command("run", "status", "digits").out
 
 
 def test_clients_are_listed_with_their_state(command: Command, home: ServerHome) -> None:
@@ -324,6 +360,22 @@ def test_every_help_has_an_example_and_the_exit_codes(command: Command, path: li
     assert f"Example: fedra-server {' '.join(path)}" in outcome.out
     for code in ExitCode:
         assert f"{code.value} " in outcome.out.partition("Exit codes:")[2]
+
+
+@pytest.mark.parametrize("path", [[], ["model"], ["run"], ["client"]], ids=" ".join)
+def test_every_group_has_them_too_and_its_list_is_not_cut(
+    command: Command, path: list[str]
+) -> None:
+    outcome = command(*path, "--help")
+    assert " ".join(["Example: fedra-server", *path]) in outcome.out
+    assert "Exit codes:" in outcome.out
+    assert "..." not in outcome.out.partition("Commands:")[2]
+
+
+def test_serving_tells_its_defaults(command: Command) -> None:
+    told = command("serve", "--help").out
+    assert "127.0.0.1" in told
+    assert "8470 unless" in told.replace("\n", " ")
 
 
 def test_wrong_usage_has_a_code_of_its_own(command: Command) -> None:

@@ -9,16 +9,18 @@ import pytest
 
 from fedra_edge.protocol.ids import ClientId
 from fedra_server.reporting import report_run
-from fedra_server.runs import AssignmentState
+from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.histories import RunHistory
 from fedra_server.storage.records import EvaluationRecord, ModelRecord
 from tests.support.builders import (
     NOW,
     make_assignment,
+    make_calibration,
     make_client,
     make_delta,
     make_evaluation,
     make_model_spec,
+    make_profile,
     make_report,
     make_revision,
     make_round,
@@ -66,6 +68,8 @@ def make_history() -> RunHistory:
         assignments=assignments,
         evaluations=[EvaluationRecord(client, evaluation) for client, evaluation in evaluations],
         clients=[make_client(client) for client in (ONE, TWO, THREE)],
+        calibrations={client: make_calibration(spec) for client in (ONE, TWO)},
+        busy_elsewhere=frozenset(),
     )
 
 
@@ -93,6 +97,35 @@ def test_the_open_round_shows_each_participants_work() -> None:
     assert participant.trained_layer_ids == (0, 3)
     assert participant.state is AssignmentState.PENDING
     assert participant.reason == "fits in 4 GB"
+
+
+def reasons(history: RunHistory, seen_since: float = 0.0) -> dict[str, str]:
+    waiting = report_run(history, seen_since).waiting
+    return {it.name.removeprefix("plant "): it.reason for it in waiting}
+
+
+def test_who_is_online_without_a_part_in_the_round_is_named_with_the_reason() -> None:
+    history = make_history()
+    assert reasons(history) == {ONE: "ready", THREE: "not calibrated yet"}
+    between = replace(history, rounds=history.rounds[:2], assignments=history.assignments[:4])
+    assert reasons(between) == {ONE: "ready", TWO: "ready", THREE: "not calibrated yet"}
+    busy = replace(between, busy_elsewhere=frozenset({TWO}))
+    assert reasons(busy)[TWO] == "at work for another run"
+    small = replace(make_client(ONE), profile=make_profile(memory_bytes=1))
+    assert "needs" in reasons(replace(between, clients=[small]))[ONE]
+
+
+def test_only_members_of_a_running_run_that_are_there_wait_for_it() -> None:
+    history = make_history()
+    assert reasons(history, seen_since=NOW + 1) == {}
+    paused = replace(history.run, state=RunState.PAUSED)
+    assert reasons(replace(history, run=paused)) == {}
+    away = [
+        replace(make_client(ONE), is_online=False),
+        replace(make_client(ONE), has_left=True),
+        replace(make_client(ONE), run="other"),
+    ]
+    assert reasons(replace(history, clients=[*away, make_client(TWO)])) == {}
 
 
 def test_accuracy_is_pooled_over_the_examples_of_all_sites() -> None:
@@ -128,7 +161,7 @@ def test_the_json_form_has_exactly_the_documented_fields() -> None:
     report = json.loads(report_run(make_history()).model_dump_json())
     assert set(report) == {
         "run", "state", "model", "spec", "num_layers", "rounds_planned", "rounds_published",
-        "revision", "round", "coverage", "rounds", "accuracy", "clients",
+        "revision", "round", "waiting", "coverage", "rounds", "accuracy", "clients",
     }  # fmt: skip
     assert set(report["round"]["participants"][0]) == {
         "client_id", "name", "state", "trained_layer_ids", "depth", "residency", "micro_batch",
