@@ -18,7 +18,12 @@ import typer
 from fedra_edge.api import ServerApi
 from fedra_edge.config import EdgeConfig, load_config, load_site_config
 from fedra_edge.console import Output
-from fedra_edge.errors import ConfigurationError, FedraEdgeError, NotAuthenticatedError
+from fedra_edge.errors import (
+    ConfigurationError,
+    FedraEdgeError,
+    NotAuthenticatedError,
+    ServerUnreachableError,
+)
 from fedra_edge.exit_codes import EXIT_CODES_HELP, exit_code_of
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import Identity, IdentityFile, known_servers
@@ -34,10 +39,15 @@ if TYPE_CHECKING:
 _LOOK_S: Final = 0.2
 _STOP_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGBREAK")
 
+
+def _epilog(example: str) -> str:
+    return f"Example: fedra-edge {example}. {EXIT_CODES_HELP}"
+
+
 app = typer.Typer(
     name="fedra-edge",
     help="Tune one foundation model together with other sites; your data stays here.",
-    epilog=EXIT_CODES_HELP,
+    epilog=_epilog("join --server https://plant.example --data images"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,10 +69,7 @@ Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text."
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more to standard error.")]
 
 
-@app.command(
-    epilog=f"Example: fedra-edge join --server https://plant.example --data images. "
-    f"{EXIT_CODES_HELP}"
-)
+@app.command(epilog=_epilog("join --server https://plant.example --data images"))
 def join(
     server: Server = None,
     data: Annotated[
@@ -82,6 +89,11 @@ def join(
     verbose: Verbose = False,
 ) -> None:
     """Take part until told to stop (Ctrl-C), through lost connections and server restarts."""
+    if server is None:
+        raise typer.BadParameter(
+            "is not given; give the server's address, or set FEDRA_EDGE_SERVER",
+            param_hint="--server",
+        )
     output = Output(as_json=as_json)
     _configure_logging(is_verbose=verbose)
     with _reported(output, is_verbose=verbose):
@@ -103,7 +115,7 @@ def join(
         _run_until_told(EdgeClient(config, on_progress=output.progress()))
 
 
-@app.command(epilog="Example: fedra-edge profile --server https://plant.example --json")
+@app.command(epilog=_epilog("profile --server https://plant.example --json"))
 def profile(
     server: Server = None,
     home: Home = None,
@@ -128,7 +140,7 @@ def profile(
         output.show(values)
 
 
-@app.command(epilog="Example: fedra-edge status --json")
+@app.command(epilog=_epilog("status --json"))
 def status(server: Server = None, home: Home = None, as_json: Json = False) -> None:
     """Show what the server knows of this client, and what waits to be sent."""
     output = Output(as_json=as_json)
@@ -140,7 +152,7 @@ def status(server: Server = None, home: Home = None, as_json: Json = False) -> N
         output.show({"server": config.server, **known.model_dump(), **local})
 
 
-@app.command(epilog="Example: fedra-edge leave --server https://plant.example")
+@app.command(epilog=_epilog("leave --server https://plant.example"))
 def leave(
     server: Server = None,
     home: Home = None,
@@ -159,13 +171,17 @@ def leave(
         output.show({"left": config.server, "client_id": identity.client_id, "told": was_told})
 
 
-@app.command(epilog="Example: fedra-edge evaluate --export tuned --data images")
+@app.command(epilog=_epilog("evaluate --export tuned --data images"))
 def evaluate(
     export: Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")],
     data: Annotated[Path, typer.Option(help="A directory of images or a CSV file.")],
     as_json: Json = False,
 ) -> None:
-    """Evaluate an exported model on local data, without a server."""
+    """Evaluate an exported model on local data, without a server.
+
+    It scores the examples that are marked as held out (by a test folder or the split column),
+    or all usable ones when none are marked.
+    """
     output = Output(as_json=as_json)
     with _reported(output):
         from fedra_edge.data.matching import match_labels
@@ -187,7 +203,7 @@ def evaluate(
         )
 
 
-@app.command(epilog="Example: fedra-edge version --json")
+@app.command(epilog=_epilog("version --json"))
 def version(as_json: Json = False) -> None:
     """Show the versions of client, protocol and Python, and the training runtimes found."""
     from fedra_edge import __version__
@@ -268,6 +284,11 @@ def _connected(config: EdgeConfig, identity: Identity | None) -> Iterator[Server
         transport.authenticate(identity.credential)
     try:
         yield ServerApi(transport, Retrier(threading.Event()), FEW_TIMES)
+    except ServerUnreachableError as error:
+        from fedra_edge.client import remedy_of
+
+        error.remedy = remedy_of(error)
+        raise
     finally:
         transport.close()
 

@@ -31,6 +31,8 @@ from fedra_edge.transport import Transport, open_http_client
 
 LOGGER: Final = logging.getLogger(__name__)
 STOP_S: Final = 30.0
+_PLAIN_HTTP_SIGNS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
+"""What OpenSSL says, by its version, of an answer that is no TLS."""
 
 
 class EdgeOptions(TypedDict, total=False):
@@ -169,7 +171,8 @@ class EdgeClient:
         if dataset is None:
             dataset = open_dataset(config.data or Path())
         self._board.update(detail="loading the training runtime")
-        trainer = self._trainer or load_configured_trainer(config)
+        trainer = self._trainer or load_trainer(config.backend)
+        _limit_threads(trainer, config.threads)
         cache = LayerCache(config.blobs, config.disk_quota_bytes, api.download_blob)
         equipment = Equipment(
             config=config,
@@ -191,8 +194,9 @@ class EdgeClient:
         return Session(equipment, IdentityFile(config.membership, config.server), profile)
 
     def _on_retry(self, error: ServerUnreachableError, wait_s: float) -> None:
-        hint = f" ({error.remedy})" if error.remedy else ""
-        detail = f"{error}{hint}; trying again in {wait_s:.0f} s"
+        remedy = remedy_of(error)
+        hint = f" ({remedy})" if remedy else ""
+        detail = f"{error}{hint}; trying again in {max(1, round(wait_s))} s"
         LOGGER.warning("%s", detail)
         self._board.update(phase=Phase.CONNECTING, detail=detail)
 
@@ -229,6 +233,13 @@ def join(
     return client.start()
 
 
+def remedy_of(error: ServerUnreachableError) -> str:
+    """Tell what to do, also when an https address leads to a server of plain http."""
+    if any(sign in str(error) for sign in _PLAIN_HTTP_SIGNS):
+        return "the server seems to speak plain http; try http:// instead of https://"
+    return error.remedy
+
+
 def site_caps(config: SiteConfig) -> SiteCaps:
     """Give the limits that the site itself sets."""
     return SiteCaps(
@@ -246,8 +257,12 @@ def load_configured_trainer(config: SiteConfig) -> Trainer:
         BackendUnavailableError: Its packages are missing or do not work.
     """
     trainer = load_trainer(config.backend)
-    if config.threads is not None and trainer.backend == "torch":
+    _limit_threads(trainer, config.threads)
+    return trainer
+
+
+def _limit_threads(trainer: Trainer, threads: int | None) -> None:
+    if threads is not None and trainer.backend == "torch":
         import torch
 
-        torch.set_num_threads(config.threads)
-    return trainer
+        torch.set_num_threads(threads)

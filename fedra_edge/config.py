@@ -25,6 +25,13 @@ _UNITS: Final[Mapping[str, int]] = {
     "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+(:\d+)?/?")
+_OPTIONS: Final = frozenset(
+    {"server", "data", "name", "run", "home", "max_layers", "backend", "threads"}
+)
+_NAME_RULE: Final = (
+    "should be at most 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+)
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -62,10 +69,19 @@ def default_name() -> str:
 def _check_url(url: str) -> str:
     parts = urlsplit(url.strip())
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError(f"{url!r} is no server address; write for example https://plant.example")
+        raise ValueError(_no_address(url.strip()))
     if parts.query or parts.fragment or parts.username:
         raise ValueError("a server address has no user name, query or fragment")
     return url.strip().rstrip("/")
+
+
+def _no_address(url: str) -> str:
+    """Say what is missing; what may hold a password is not repeated."""
+    shown = "this" if "@" in url else repr(url)
+    meant = "write for example https://plant.example"
+    if _HOST.fullmatch(url):
+        meant = f"did you mean http://{url} (or https://)?"
+    return f"{shown} is no server address; {meant}"
 
 
 Config = TypeVar("Config", bound=BaseSettings)
@@ -148,10 +164,30 @@ def _load(kind: type[Config], options: Mapping[str, object]) -> Config:
 
 
 def _explain(item: Mapping[str, object]) -> str:
+    """Say what is wrong with a setting, in the words of the command line."""
     location = item.get("loc")
     field = ".".join(str(part) for part in location) if isinstance(location, tuple) else ""
-    reason = "is not given" if item.get("type") == "missing" else item.get("msg")
-    return f"{field or 'settings'}: {reason}"
+    message = str(item.get("msg"))
+    match item.get("type"):
+        case "missing":
+            return f"{_spelled(field)} is not given"
+        case "extra_forbidden":
+            return f"{field} is no setting"
+        case "string_pattern_mismatch":
+            return f"{_spelled(field)} {_NAME_RULE}"
+        case "value_error":
+            return f"{_spelled(field)}: {message.removeprefix('Value error, ')}"
+        case _:
+            return f"{_spelled(field)} {message.removeprefix('Input ')}"
+
+
+def _spelled(field: str) -> str:
+    """Give the option that sets a field, or its variable when there is no such option."""
+    if field == "memory_bytes":
+        return "--memory"
+    if field in _OPTIONS:
+        return f"--{field.replace('_', '-')}"
+    return f"FEDRA_EDGE_{field.upper()}"
 
 
 def _folder_name(url: str) -> str:

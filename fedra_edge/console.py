@@ -109,6 +109,8 @@ def _sentence(progress: ClientProgress) -> str:
 def _readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**20:,.0f} MiB"
+    if name == "accuracy" and isinstance(value, float):
+        return f"{value:.1%}"
     if isinstance(value, list | tuple):
         return ", ".join(_readable("", item) for item in value) or "none"
     if isinstance(value, dict):

@@ -19,7 +19,7 @@ from fedra_edge.progress import Phase
 from fedra_edge.protocol.devices import DeviceProfile
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
-from fedra_edge.protocol.rounds import Stop, Train, Wait
+from fedra_edge.protocol.rounds import Assignment, Stop, Train, Wait
 from fedra_edge.retrying import RetryPolicy
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Session:
         self._participation = Participation(equipment)
         self._failures = 0
         self._quick_answers = 0
+        self._is_reason_known = False
 
     def run(self) -> None:
         """Take part until the server or the embedding program says stop.
@@ -62,16 +63,17 @@ class Session:
                 if not self._deliver():  # new work would be a second delta for the same round
                     self._pace(is_done=False)
                     continue
-                self._note_waiting()
                 asked_at = time.monotonic()
-                match self._api.assignment(self._equipment.config.poll_s):
+                match self._ask():
                     case Stop(reason=reason):
                         LOGGER.info("the server says stop: %s", reason)
                         break
                     case Wait() as wait:
-                        self._board.update(detail=wait.reason)
-                        self._pace(self._participation.prepare(wait), wait, asked_at)
+                        is_held = self._note_waiting(wait)
+                        is_done = self._participation.prepare(wait)
+                        self._pace(is_done, asked_at if is_held else None)
                     case Train() as train:
+                        self._is_reason_known = False
                         self._pace(self._participation.train(train))
         except WorkInterrupted:
             LOGGER.debug("stopped as asked")
@@ -92,24 +94,32 @@ class Session:
             LOGGER.info("enrolled at %s as client %s", config.server, identity.client_id)
         else:
             self._equipment.transport.authenticate(identity.credential)
-            self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run))
+            name = config.name if "name" in config.model_fields_set else None
+            self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run, name=name))
             LOGGER.info("back at %s as client %s", config.server, identity.client_id)
         self._board.update(client_id=identity.client_id)
 
-    def _note_waiting(self) -> None:
+    def _ask(self) -> Assignment:
+        """Ask what to do; the server may hold the answer back once we know why we wait."""
+        wait_s = self._equipment.config.poll_s if self._is_reason_known else 0.0
+        assignment = self._api.assignment(wait_s)
         traffic = self._equipment.transport.traffic
-        self._board.update(
-            phase=Phase.WAITING,
-            detail="asking for work",
-            bytes_received=traffic.bytes_received,
-            bytes_sent=traffic.bytes_sent,
-        )
+        self._board.update(bytes_received=traffic.bytes_received, bytes_sent=traffic.bytes_sent)
+        return assignment
+
+    def _note_waiting(self, wait: Wait) -> bool:
+        """Show why there is nothing to train; tell whether this answer could be held back."""
+        is_idle = wait.calibrate is None and wait.evaluate is None
+        was_known, self._is_reason_known = self._is_reason_known, is_idle
+        self._board.update(phase=Phase.WAITING, detail=wait.reason)
+        return was_known and is_idle
 
     def _rest_while_paused(self) -> None:
         if self._control.is_paused:
             self._tell_offline()
             self._board.update(phase=Phase.PAUSED, detail="paused")
             self._control.wait_while_paused()
+            self._is_reason_known = False
 
     def _deliver(self) -> bool:
         """Send every delta that waits; tell whether none is left for the next time."""
@@ -144,15 +154,13 @@ class Session:
         except ServerRefusedError as error:
             LOGGER.debug("the server does not wait for %s: %s", assignment_id, error)
 
-    def _pace(self, is_done: bool, wait: Wait | None = None, asked_at: float = 0.0) -> None:  # noqa: FBT001
-        """Wait longer after each failure in a row, and keep off a server that never holds us."""
+    def _pace(self, is_done: bool, held_since: float | None = None) -> None:  # noqa: FBT001
+        """Wait longer after each failure in a row, and keep off a server that never holds us.
+
+        ``held_since`` is when the server was asked, if it could have held its answer back.
+        """
         self._failures = 0 if is_done else self._failures + 1
-        is_quick = (
-            wait is not None
-            and wait.calibrate is None
-            and wait.evaluate is None
-            and time.monotonic() - asked_at < _QUICK_S
-        )
+        is_quick = held_since is not None and time.monotonic() - held_since < _QUICK_S
         self._quick_answers = self._quick_answers + 1 if is_quick else 0
         if self._failures:
             self._control.stopping.wait(_AFTER_FAILURE.wait_s(self._failures, 1.0))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedra_edge import EdgeClient, join
+from fedra_edge import EdgeClient, FedraEdgeError, join
 
 RUN, ROUNDS = "trial", 3
 
@@ -32,10 +32,8 @@ def prepare(home: Path, model: Path, participants: int) -> None:
 
 def main(model: str, sites: str, place: str) -> None:
     """Tune at all sites and print what it brought."""
-    home, folders = (
-        Path(place) / "server",
-        sorted(it for it in Path(sites).iterdir() if it.is_dir()),
-    )
+    home = Path(place) / "server"
+    folders = sorted(it for it in Path(sites).iterdir() if it.is_dir())
     prepare(home, Path(model), len(folders))
     clients: list[EdgeClient] = []
     serve = command(home, "serve", "--port", "0")
@@ -56,4 +54,11 @@ def main(model: str, sites: str, place: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        _, model, sites, place = sys.argv
+    except ValueError:
+        sys.exit(__doc__)
+    try:
+        main(model, sites, place)
+    except (FedraEdgeError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")

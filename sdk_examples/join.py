@@ -4,5 +4,22 @@ import sys
 
 import fedra_edge
 
-with fedra_edge.join(sys.argv[1], data=sys.argv[2]) as client:
-    client.wait()
+told: list[str] = [""]
+
+
+def show(progress: fedra_edge.ClientProgress) -> None:
+    """Print what the client does now; it calls this with every change, however small."""
+    if progress.detail != told[-1]:
+        told[-1] = progress.detail
+        print(progress.phase, progress.detail, flush=True)
+
+
+try:
+    _, server, data = sys.argv
+except ValueError:
+    sys.exit(__doc__)
+try:
+    with fedra_edge.join(server, data=data, on_progress=show) as client:
+        client.wait()
+except fedra_edge.FedraEdgeError as error:
+    sys.exit(f"error: {error}")

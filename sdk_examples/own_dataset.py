@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedra_edge import ClientProgress, Example, join
+from fedra_edge import ClientProgress, Example, FedraEdgeError, join
 
 
 class ArrayDataset:
@@ -52,4 +52,11 @@ def main(server: str, arrays: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        _, server, arrays = sys.argv
+    except ValueError:
+        sys.exit(__doc__)
+    try:
+        main(server, arrays)
+    except (FedraEdgeError, OSError, ValueError, KeyError) as error:
+        sys.exit(f"error: {error}")

@@ -53,12 +53,16 @@ def _run(rounds: int, out: Path) -> None:
 
 def _clear(out: Path) -> None:
     """Remove what an earlier demo left, and nothing else."""
-    if out.exists() and any(out.iterdir()):
-        if not (out / _MARK).exists():
-            raise DemoError(f"{out} holds files that are not the demo's; choose another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARK).touch()
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not (out / _MARK).exists():
+                raise DemoError(f"{out} holds files that are not the demo's; choose another --out")
+            _CONSOLE.print(f"Deleting what an earlier demo left in {out}.", markup=False)
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARK).touch()
+    except OSError as error:
+        raise DemoError(f"{out} cannot be used: {error}; choose another --out") from error
 
 
 def _pretrain() -> Path:

@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-_POLLING: Final = "asking for work"
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ClientLogs:
         return Standing(len(self._ready), revision, right / sum(self._held_out.values()))
 
     def _note(self, name: str, event: Mapping[str, Any]) -> None:
-        if event.get("phase") == "waiting" and event.get("detail") != _POLLING:
+        if event.get("phase") == "waiting":
             self._details[name] = event.get("detail", "")
         if event.get("client_id") is not None:
             self._ready.add(name)

@@ -55,7 +55,7 @@ def start_run(federation: Federation, name: str) -> None:
     federation.start_run(name, min_participants=1, rounds=ROUNDS, batch_size=12)
 
 
-def test_joining_takes_five_lines(federation: Federation, tmp_path: Path) -> None:
+def test_joining_takes_a_few_lines(federation: Federation, tmp_path: Path) -> None:
     start_run(federation, "join")
     data = write_folder(tmp_path / "data", seed=1)
     run_example("join.py", federation.url, data.path, run="join", home=tmp_path / "home")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fedra_edge.config import load_config
-from fedra_edge.console import ProgressLines
+from fedra_edge.console import Output, ProgressLines
 from fedra_edge.errors import (
     BackendUnavailableError,
     ConfigurationError,
@@ -88,20 +88,40 @@ def test_every_command_has_help_with_an_example() -> None:
     assert "Exit codes" in listed
     for command in COMMANDS:
         assert command in listed
-    told = fedra_edge("join", "--help").stdout
-    assert "Example: fedra-edge join" in told
-    assert "storage" in told or "disk refused" in told
+    assert "Example: fedra-edge join" in listed
+    for command in COMMANDS:
+        told = fedra_edge(command, "--help").stdout
+        assert f"Example: fedra-edge {command}" in told
+        assert "disk refused" in told
 
 
 def test_wrong_usage_is_2() -> None:
     assert fedra_edge("join", "--no-such-option").returncode == ExitCode.USAGE
     assert fedra_edge("evaluate").returncode == ExitCode.USAGE
+    done = fedra_edge("join", "--data", "x")
+    assert done.returncode == ExitCode.USAGE
+    assert "--server" in done.stderr
+
+
+def test_accuracy_is_told_as_a_percentage(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=False).show({"accuracy": 2 / 3, "mean_loss": 0.5})
+    Output(as_json=True).show({"accuracy": 0.5})
+    assert capsys.readouterr().out.splitlines() == [
+        "accuracy   66.7%", "mean loss  0.5", '{"accuracy": 0.5}',
+    ]  # fmt: skip
+
+
+def test_https_to_a_server_of_plain_http_says_so(hq: Headquarters, tmp_path: Path) -> None:
+    server = hq.url.replace("http://", "https://")
+    be_member(tmp_path, server)
+    done = fedra_edge("status", "--home", tmp_path)
+    assert done.returncode == ExitCode.UNREACHABLE
+    assert "seems to speak plain http" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["join", "--data", "x"], "server: is not given"),
         (["join", "--server", "plant", "--data", "x"], "no server address"),
         (["join", "--server", "http://plant"], "no local data"),
         (["status"], "no client is enrolled"),

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -15,8 +16,11 @@ from fedra_edge.config import EdgeConfig, load_config
 from fedra_edge.errors import DataError, NotAuthenticatedError, NotFoundError
 from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Outbox
-from fedra_edge.progress import Phase
+from fedra_edge.progress import ClientProgress, Phase
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
+from fedra_edge.protocol.messages import EnrolReceipt, RejoinRequest
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.rounds import Wait
 from fedra_server.config import ServerConfig
 from fedra_server.runs import AssignmentState
 from tests.support.builders import make_report
@@ -30,7 +34,7 @@ from tests.support.edge_site import (
 )
 from tests.support.headquarters import Headquarters, headquarters, home_in
 from tests.support.servers import running_server
-from tests.support.wire_server import unused_port
+from tests.support.wire_server import Received, Reply, serving, unused_port
 
 _NUMBERS = itertools.count(1)
 
@@ -258,6 +262,58 @@ def test_work_that_is_not_wanted_any_more_is_dropped(
         eventually(lambda: trainer.interrupted)
         assert client.error is None
     assert trainer.interrupted[0] == expired[0]
+
+
+def test_why_there_is_no_work_is_shown_at_once_and_stays_shown(
+    hq: Headquarters, tmp_path: Path
+) -> None:
+    shown: list[ClientProgress] = []
+    config = settings(hq, tmp_path, None)
+    dataset, trainer = MemoryDataset(), CountingTrainer()
+    with EdgeClient(config, dataset=dataset, trainer=trainer, on_progress=shown.append) as client:
+        eventually(lambda: client.status.phase is Phase.WAITING, timeout_s=2.0)
+        reason = client.status.detail
+        assert "no run is active" in reason
+    assert {it.detail for it in shown if it.phase is Phase.WAITING} == {reason}
+
+
+def test_only_the_first_question_after_work_is_answered_at_once(
+    tmp_path: Path,
+) -> None:
+    """A server that holds nothing back must not be asked in a tight loop either."""
+    asked: list[str] = []
+    idle = Reply.of(Wait(reason="too small"))
+
+    def answer(received: Received) -> Reply:
+        if received.path.startswith("/v1/assignment"):
+            asked.append(parse_qs(urlsplit(received.path).query)["wait_s"][0])
+            return idle
+        return Reply.of(EnrolReceipt(client_id="c1", credential="secret"), status=201)
+
+    with serving(answer) as server:
+        config = load_config({"server": server.url, "home": tmp_path, "poll_s": 5})
+        with EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()) as client:
+            eventually(lambda: len(asked) > 4)
+            assert client.status.detail == "too small"
+    assert [float(wait_s) for wait_s in asked] == [0.0] + [5.0] * (len(asked) - 1)
+
+
+@pytest.mark.parametrize("name", [None, "new name"])
+def test_a_name_is_sent_again_only_when_it_was_given(name: str | None, tmp_path: Path) -> None:
+    told: list[RejoinRequest] = []
+
+    def answer(received: Received) -> Reply:
+        if received.method == "PUT":
+            told.append(RejoinRequest.model_validate_json(received.body))
+        return Reply.problem(ProblemCode.NOT_FOUND, 404)
+
+    with serving(answer) as server:
+        config = load_config({"server": server.url, "home": tmp_path, "name": name})
+        IdentityFile(config.membership, config.server).save(Identity(ClientId("c1"), "secret"))
+        client = EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()).start()
+        with pytest.raises(NotFoundError):
+            client.wait(PATIENCE_S)
+    assert [request.name for request in told] == [name]
 
 
 @pytest.mark.slow
