@@ -34,7 +34,7 @@ def test_a_revision_counts_when_all_clients_evaluated_it(tmp_path: Path) -> None
 def test_why_a_client_waits_is_kept(tmp_path: Path) -> None:
     log = tmp_path / "a"
     say(log, event(phase="waiting", detail="too small"))
-    say(log, event(phase="waiting", detail="asking for work"))
+    say(log, event(phase="training", detail="training layers 1, 2"))
     followed = ClientLogs({"a": log}, {"a": 1})
     followed.look()
     assert followed.details == {"a": "too small"}
