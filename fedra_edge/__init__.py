@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from fedra_edge.client import EdgeClient, join
     from fedra_edge.config import EdgeConfig
-    from fedra_edge.data.dataset import Example, LocalDataset
+    from fedra_edge.data.dataset import Example, LocalDataset, TextExample
     from fedra_edge.data.image_folder import ImageFolder
     from fedra_edge.data.manifest import ManifestDataset
+    from fedra_edge.data.text_folder import TextFolder
+    from fedra_edge.data.text_manifest import TextManifest
     from fedra_edge.errors import (
         BackendUnavailableError,
         ConfigurationError,
@@ -41,10 +43,12 @@ if TYPE_CHECKING:
         UnexpectedAnswerError,
         WorkInterrupted,
     )
+    from fedra_edge.prediction import LabelProbability, Prediction, Predictions, predict
     from fedra_edge.progress import ClientProgress, Phase
     from fedra_edge.training.trainer import (
-        BlockTiming,
+        BlockCost,
         EvaluationCounts,
+        PieceFile,
         SliceWork,
         TrainedSlice,
         Trainer,
@@ -55,7 +59,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendUnavailableError",
-    "BlockTiming",
+    "BlockCost",
     "ClientProgress",
     "ConfigurationError",
     "DataError",
@@ -67,6 +71,7 @@ __all__ = [
     "FedraEdgeError",
     "IdentityError",
     "ImageFolder",
+    "LabelProbability",
     "LocalDataset",
     "ManifestDataset",
     "NotAuthenticatedError",
@@ -74,6 +79,9 @@ __all__ = [
     "NotPermittedError",
     "OffsetMismatchError",
     "Phase",
+    "PieceFile",
+    "Prediction",
+    "Predictions",
     "ProtocolMismatchError",
     "RoundClosedError",
     "ServerRefusedError",
@@ -82,6 +90,9 @@ __all__ = [
     "SliceWork",
     "StorageError",
     "StorageFullError",
+    "TextExample",
+    "TextFolder",
+    "TextManifest",
     "TrainedSlice",
     "Trainer",
     "TrainingInterrupted",
@@ -90,24 +101,33 @@ __all__ = [
     "WorkInterrupted",
     "__version__",
     "join",
+    "predict",
 ]
 
 _ELSEWHERE: Final = {
-    "BlockTiming": "training.trainer",
+    "BlockCost": "training.trainer",
     "ClientProgress": "progress",
     "EdgeClient": "client",
     "EdgeConfig": "config",
     "EvaluationCounts": "training.trainer",
     "Example": "data.dataset",
     "ImageFolder": "data.image_folder",
+    "LabelProbability": "prediction",
     "LocalDataset": "data.dataset",
     "ManifestDataset": "data.manifest",
     "Phase": "progress",
+    "PieceFile": "training.trainer",
+    "Prediction": "prediction",
+    "Predictions": "prediction",
     "SliceWork": "training.trainer",
+    "TextExample": "data.dataset",
+    "TextFolder": "data.text_folder",
+    "TextManifest": "data.text_manifest",
     "TrainedSlice": "training.trainer",
     "Trainer": "training.trainer",
     "WholeModel": "training.trainer",
     "join": "client",
+    "predict": "prediction",
 }
 
 

@@ -17,9 +17,10 @@ import typer
 
 from fedra_edge.api import ServerApi
 from fedra_edge.config import EdgeConfig, load_config, load_site_config
-from fedra_edge.console import Output
+from fedra_edge.console import Output, Pace
 from fedra_edge.errors import (
     ConfigurationError,
+    DataError,
     FedraEdgeError,
     NotAuthenticatedError,
     ServerUnreachableError,
@@ -63,6 +64,7 @@ Home = Annotated[
 Memory = Annotated[
     str | None, typer.Option(help="The most memory the client may occupy, e.g. 512MB.")
 ]
+Export = Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")]
 MaxLayers = Annotated[int | None, typer.Option(help="The most layers to train in a round.")]
 Backend = Annotated[str | None, typer.Option(help="The training runtime: auto or torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
@@ -74,7 +76,9 @@ def join(
     server: Server = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A directory with one directory of images per class, or a CSV file."),
+        typer.Option(
+            help="A directory with one directory of images or texts per class, or a CSV file."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="This site's name; else the host's.")] = None,
     run: Annotated[
@@ -127,12 +131,12 @@ def profile(
     """Show what this machine would tell a server, and with --server whether it answers."""
     output = Output(as_json=as_json)
     with _reported(output):
-        from fedra_edge.client import load_configured_trainer, site_caps
+        from fedra_edge.client import load_configured_trainer
 
         options = {"home": home, "memory_bytes": memory, "max_layers": max_layers}
         config = load_site_config({**options, "backend": backend})
         trainer = load_configured_trainer(config)
-        device = measure_device(backend=trainer.backend, home=config.home, caps=site_caps(config))
+        device = measure_device(backend=trainer.backend, home=config.home, caps=config.caps)
         values = device.model_dump()
         if server is not None:
             with _connected(load_config({**options, "server": server}), None) as api:
@@ -173,8 +177,10 @@ def leave(
 
 @app.command(epilog=_epilog("evaluate --export tuned --data images"))
 def evaluate(
-    export: Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")],
-    data: Annotated[Path, typer.Option(help="A directory of images or a CSV file.")],
+    export: Export,
+    data: Annotated[Path, typer.Option(help="A directory of images or texts, or a CSV file.")],
+    memory: Memory = None,
+    backend: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate an exported model on local data, without a server.
@@ -184,13 +190,17 @@ def evaluate(
     """
     output = Output(as_json=as_json)
     with _reported(output):
+        from fedra_edge.client import load_configured_trainer
         from fedra_edge.data.matching import match_labels
         from fedra_edge.data.opening import open_dataset
-        from fedra_edge.evaluation import evaluate_export, read_export_spec
+        from fedra_edge.evaluation import evaluate_export
+        from fedra_edge.exports import open_tokenizer, read_export_spec
 
+        config = load_site_config({"memory_bytes": memory, "backend": backend})
         spec = read_export_spec(export)
-        matched = match_labels(open_dataset(data), spec.labels)
-        counts = evaluate_export(export, matched)
+        matched = match_labels(open_dataset(data), spec.labels, open_tokenizer(export, spec))
+        trainer = load_configured_trainer(config)
+        counts = evaluate_export(export, matched, trainer, config.caps)
         output.show(
             {
                 "model": spec.name,
@@ -201,6 +211,56 @@ def evaluate(
                 "skipped": matched.report.counts,
             }
         )
+
+
+@app.command(epilog=_epilog("predict --export tuned --data images --top 3 --output told.csv"))
+def predict(
+    export: Export,
+    data: Annotated[
+        Path, typer.Option(help="A directory of images or texts, one of them, or a CSV file.")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="How many labels to give for each.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--output", help="Write to this file, not standard output.")
+    ] = None,
+    memory: Memory = None,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Predict the labels of images or texts with an exported model, without a server.
+
+    The data need no labels: any directory does, or a CSV file with the column path (or text).
+    One row of CSV or, with --json, one line of JSON is written for each example as it is
+    computed; examples that cannot be read are left out and counted.
+    """
+    output = Output(as_json=as_json)
+    with _reported(output):
+        from fedra_edge.prediction import predict as predict_labels
+        from fedra_edge.prediction_output import prediction_file, write_predictions
+
+        pace = Pace(output.note)
+
+        def show_progress() -> bool:
+            done, total = predictions.num_predicted, predictions.num_examples
+            pace.tell(f"predicting: {done} of {total} done, {predictions.num_read} read")
+            return False
+
+        output.note("loading the training runtime")
+        predictions = predict_labels(
+            export, data, top=top, memory_bytes=memory, backend=backend, should_stop=show_progress
+        )
+        with prediction_file(out) as file:
+            write_predictions(predictions, file, as_json=as_json)
+        number = predictions.num_predicted
+        if not number:
+            raise DataError(f"no example can be used: {'; '.join(predictions.skipped)}")
+        told = {"event": "finished", "predicted": number, "skipped": predictions.skipped.counts}
+        if as_json:
+            output.show(told)
+        else:
+            output.note(f"{number} predicted, {sum(predictions.skipped.counts.values())} skipped")
+            for line in predictions.skipped:
+                output.note(f"  skipped: {line}")
 
 
 @app.command(epilog=_epilog("version --json"))
@@ -300,7 +360,7 @@ def _reported(output: Output, *, is_verbose: bool = False) -> Iterator[None]:
         yield
     except FedraEdgeError as error:
         _exit(output, error)
-    except (KeyboardInterrupt, typer.Exit, typer.Abort):
+    except (KeyboardInterrupt, BrokenPipeError, typer.Exit, typer.Abort):
         raise
     except Exception as error:
         if is_verbose:

@@ -21,7 +21,7 @@ from fedra_edge.identity import IdentityFile
 from fedra_edge.layer_cache import LayerCache
 from fedra_edge.outbox import Outbox
 from fedra_edge.participation import Equipment
-from fedra_edge.profiling import SiteCaps, measure_device
+from fedra_edge.profiling import measure_device
 from fedra_edge.progress import ClientProgress, OnProgress, Phase, ProgressBoard
 from fedra_edge.retrying import Retrier
 from fedra_edge.session import Session
@@ -188,7 +188,7 @@ class EdgeClient:
         profile = measure_device(
             backend=trainer.backend,
             home=config.home,
-            caps=site_caps(config),
+            caps=config.caps,
             cached_bytes=cache.used_bytes,
         )
         return Session(equipment, IdentityFile(config.membership, config.server), profile)
@@ -219,7 +219,7 @@ def join(
 
     Args:
         server: The server's address.
-        data: A directory with one directory of images per class, or a CSV manifest.
+        data: A directory with one directory of images or texts per class, or a CSV manifest.
         dataset: A dataset of the program's own, instead of ``data``.
         trainer: A trainer of the program's own.
         on_progress: Called with every change, from the client's thread.
@@ -238,16 +238,6 @@ def remedy_of(error: ServerUnreachableError) -> str:
     if any(sign in str(error) for sign in _PLAIN_HTTP_SIGNS):
         return "the server seems to speak plain http; try http:// instead of https://"
     return error.remedy
-
-
-def site_caps(config: SiteConfig) -> SiteCaps:
-    """Give the limits that the site itself sets."""
-    return SiteCaps(
-        memory_bytes=config.memory_bytes,
-        max_layers=config.max_layers,
-        disk_bytes=config.disk_quota_bytes,
-        threads=config.threads,
-    )
 
 
 def load_configured_trainer(config: SiteConfig) -> Trainer:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedra_edge.errors import ConfigurationError
+from fedra_edge.profiling import SiteCaps
 from fedra_edge.protocol.messages import RunName, SiteName
 from fedra_edge.protocol.routes import MAX_POLL_S
 
@@ -111,6 +112,16 @@ class SiteConfig(BaseSettings):
     def blobs(self) -> Path:
         """Where downloaded weights are kept, shared by all servers of this home."""
         return self.home / "blobs"
+
+    @property
+    def caps(self) -> SiteCaps:
+        """The limits that the site itself sets."""
+        return SiteCaps(
+            memory_bytes=self.memory_bytes,
+            max_layers=self.max_layers,
+            disk_bytes=self.disk_quota_bytes,
+            threads=self.threads,
+        )
 
 
 class EdgeConfig(SiteConfig):

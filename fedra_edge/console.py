@@ -48,6 +48,10 @@ class Output:
         if remedy:
             self._err.print(f"  try: {remedy}", markup=False)
 
+    def note(self, text: str) -> None:
+        """Say on standard error how a longer work goes on."""
+        self._err.print(text, markup=False)
+
     def progress(self) -> Callable[[ClientProgress], None]:
         """Give a listener that shows a client's progress as it happens."""
         return ProgressLines(self._write_event if self._as_json else self._write_line)
@@ -63,6 +67,23 @@ class Output:
     def _write_json(self, values: Mapping[str, Any]) -> None:
         self._out.file.write(json.dumps(values) + "\n")
         self._out.file.flush()
+
+
+class Pace:
+    """Lets a sign of life through every two seconds."""
+
+    def __init__(
+        self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write = write
+        self._clock = clock
+        self._last_at = clock()
+
+    def tell(self, text: str) -> None:
+        """Write it, unless something was written a moment ago."""
+        if self._clock() - self._last_at >= _STEP_EVERY_S:
+            self._last_at = self._clock()
+            self._write(text)
 
 
 class ProgressLines:

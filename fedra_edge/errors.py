@@ -59,6 +59,10 @@ class SliceError(FedraEdgeError):
     """An assignment cannot be turned into work."""
 
 
+class MemoryShortError(SliceError):
+    """Not even the smallest way to train a slice fits the memory that can be used now."""
+
+
 class WorkInterrupted(FedraEdgeError):  # noqa: N818 (an event, not a mistake)
     """Asked to stop while working or waiting."""
 

@@ -25,24 +25,29 @@ from fedra_edge.errors import (
     StorageFullError,
     WorkInterrupted,
 )
+from fedra_edge.guard import PromiseGuard
 from fedra_edge.heartbeats import Heartbeats
 from fedra_edge.layer_cache import LayerCache
+from fedra_edge.memory_meter import PeakMeter, measured_peak
 from fedra_edge.outbox import Outbox
-from fedra_edge.profiling import peak_memory_bytes
+from fedra_edge.profiling import measure_usable_memory, usable_disk
 from fedra_edge.progress import Phase, ProgressBoard
 from fedra_edge.protocol.deltas import TrainingReport
 from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.footprint import Footprint, SliceShape
 from fedra_edge.protocol.ids import ModelId
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.rounds import Evaluation, EvaluationTask, Train, Wait
 from fedra_edge.protocol.slices import SliceManifest
-from fedra_edge.slicing import materialize, whole_model
-from fedra_edge.training.trainer import TrainedSlice, Trainer
+from fedra_edge.slicing import fetch_tokenizer, materialize, whole_model
+from fedra_edge.training.trainer import BlockCost, Surroundings, TrainedSlice, Trainer
 from fedra_edge.transport import Traffic, Transport
 
 LOGGER: Final = logging.getLogger(__name__)
 FATAL: Final = (NotAuthenticatedError, ProtocolMismatchError, BackendUnavailableError)
 """Errors after which nothing this client could be asked to do would work."""
+_MOST_TOLD: Final = 100
+"""What a training report can hold of step-downs."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Participation:
         self._board = equipment.board
         self._specs: dict[ModelId, ModelSpec] = {}
         self._matched: dict[ModelId, MatchedDataset] = {}
+        self._costs: dict[ModelId, BlockCost] = {}
         self._reported = Traffic(0, 0)
 
     def prepare(self, wait: Wait) -> bool:
@@ -115,19 +121,21 @@ class Participation:
             return False
         return True
 
-    def _calibrate(self, model_id: ModelId) -> None:
+    def _calibrate(self, model_id: ModelId) -> BlockCost:
         spec = self._spec(model_id)
         data = self._data(model_id)
         self._board.update(phase=Phase.CALIBRATING, detail=f"measuring a block of {spec.name}")
-        timing = self._equipment.trainer.calibrate(spec)
+        cost = self._costs[model_id] = self._equipment.trainer.calibrate(spec)
         calibration = Calibration(
             model_id=model_id,
-            forward_s=timing.forward_s,
-            backward_s=timing.backward_s,
+            forward_s=cost.forward_s,
+            backward_s=cost.backward_s,
+            memory=cost.memory,
             train_examples=len(data.train_indices),
             held_out_examples=len(data.held_out_indices),
         )
         self._api.calibrate(calibration)
+        return cost
 
     def _evaluate(self, task: EvaluationTask, beats: Heartbeats | None = None) -> None:
         model_id = ModelId(task.model_id)
@@ -140,7 +148,9 @@ class Participation:
             phase=Phase.EVALUATING, run=task.run, detail=f"evaluating revision {number}"
         )
         model = whole_model(task, self._spec(model_id), self._equipment.layer_cache)
-        counts = self._equipment.trainer.evaluate(model, data, lambda: self._should_stop(beats))
+        counts = self._equipment.trainer.evaluate(
+            model, data, lambda: self._should_stop(beats), self._usable_memory
+        )
         evaluation = Evaluation(
             run=task.run,
             revision=number,
@@ -171,23 +181,44 @@ class Participation:
             detail=f"fetching layers {_listed(manifest.layer_ids)}",
         )
         data = self._data(ModelId(manifest.model_id))
-        with self._equipment.layer_cache.holding():
+        guard = self._guard(manifest)
+        with self._equipment.layer_cache.holding(), measured_peak() as meter:
             spec = self._spec(ModelId(manifest.model_id))
             work = materialize(manifest, spec, self._equipment.layer_cache)
             layers = _listed(manifest.trained_layer_ids)
             self._board.update(phase=Phase.TRAINING, detail=f"training layers {layers}")
-            trained = self._equipment.trainer.train(
-                work,
-                data,
-                lambda done, total, loss: self._on_step(beats, done, total, loss),
-                lambda: self._should_stop(beats),
-            )
-        delta = pack_delta(compute_delta(work.adapters, trained.adapters))
+            surroundings = self._surroundings(guard, beats)
+            trained = self._equipment.trainer.train(work, data, surroundings)
+            delta = pack_delta(compute_delta(work.adapters, trained.adapters))
         self._equipment.outbox.put(
             manifest.id,
             delta,
             num_examples=trained.num_examples,
-            report=self._training_report(trained),
+            report=self._training_report(trained, meter, guard),
+        )
+
+    def _guard(self, manifest: SliceManifest) -> PromiseGuard:
+        """Hold this slice to the memory of this machine, as this process has measured it."""
+        model_id = ModelId(manifest.model_id)
+        cost = self._costs.get(model_id) or self._calibrate(model_id)
+        shape = SliceShape.of(manifest.layers)
+        footprint = Footprint(
+            self._spec(model_id), manifest.adapter, manifest.training, cost.memory, shape
+        )
+        return PromiseGuard(footprint, self._usable_memory)
+
+    def _usable_memory(self) -> int:
+        return measure_usable_memory(self._equipment.config.caps)
+
+    def _surroundings(self, guard: PromiseGuard, beats: Heartbeats) -> Surroundings:
+        config = self._equipment.config
+        free_bytes = usable_disk(config.home, config.caps)
+        return Surroundings(
+            on_step=lambda done, total, loss: self._on_step(beats, done, total, loss),
+            should_stop=lambda: self._should_stop(beats),
+            guard=guard,
+            scratch=config.home,
+            scratch_bytes=max(0, free_bytes - self._equipment.layer_cache.used_bytes) // 2,
         )
 
     def _on_step(self, beats: Heartbeats, done: int, total: int, loss: float) -> None:
@@ -211,7 +242,9 @@ class Participation:
             self._board.update(phase=phase)
         return control.is_stopping or (beats is not None and not beats.is_wanted)
 
-    def _training_report(self, trained: TrainedSlice) -> TrainingReport:
+    def _training_report(
+        self, trained: TrainedSlice, meter: PeakMeter, guard: PromiseGuard
+    ) -> TrainingReport:
         traffic = self._equipment.transport.traffic
         before, self._reported = self._reported, traffic
         return TrainingReport(
@@ -219,7 +252,11 @@ class Participation:
             first_loss=trained.first_loss,
             last_loss=trained.last_loss,
             train_s=trained.train_s,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=meter.peak_bytes,
+            predicted_peak_bytes=guard.promised_bytes,
+            residency=trained.plan.residency,
+            micro_batch=trained.plan.micro_batch,
+            step_downs=tuple(guard.step_downs[:_MOST_TOLD]),
             bytes_received=traffic.bytes_received - before.bytes_received,
             bytes_sent=traffic.bytes_sent - before.bytes_sent,
         )
@@ -231,7 +268,9 @@ class Participation:
 
     def _data(self, model_id: ModelId) -> MatchedDataset:
         if model_id not in self._matched:
-            matched = match_labels(self._equipment.dataset, self._spec(model_id).labels)
+            spec = self._spec(model_id)
+            tokenizer = fetch_tokenizer(spec, self._equipment.layer_cache)
+            matched = match_labels(self._equipment.dataset, spec.labels, tokenizer)
             for line in matched.report:
                 LOGGER.warning("local data: %s", line)
             self._matched[model_id] = matched

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -33,6 +32,9 @@ class SiteCaps:
     max_layers: int | None = None
     disk_bytes: int | None = None
     threads: int | None = None
+
+
+NO_CAPS: Final = SiteCaps()
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def measure_device(
     )
 
 
+def measure_usable_memory(caps: SiteCaps, root: Path = Path("/")) -> int:
+    """Measure the most that this process may occupy now."""
+    return usable_memory(_memory_state(), read_group_limits(root), caps)
+
+
 def usable_memory(state: MemoryState, limits: GroupLimits, caps: SiteCaps) -> int:
     """Give the most that this process may occupy: the tightest of all limits on it."""
     reserve_bytes = int(state.total_bytes * _SYSTEM_RESERVE)
@@ -107,21 +114,6 @@ def usable_disk(home: Path, caps: SiteCaps, cached_bytes: int = 0) -> int:
     with storage_errors(f"ask for free space at {existing}"):
         free_bytes = shutil.disk_usage(existing).free + cached_bytes
     return free_bytes if caps.disk_bytes is None else min(free_bytes, caps.disk_bytes)
-
-
-def peak_memory_bytes() -> int:
-    """Give the most that this process ever occupied."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    status = Path("/proc/self/status")
-    if status.exists():
-        match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
-        if match is not None:
-            return int(match[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _share_of(limit: GroupLimit, resident_bytes: int) -> int:

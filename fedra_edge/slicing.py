@@ -8,14 +8,15 @@ from typing import Protocol
 
 from typing_extensions import override
 
+from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.protocol.models import AdapterSpec, BlobRef, ModelSpec, Shape
+from fedra_edge.protocol.models import AdapterSpec, BlobRef, ModelSpec, Shape, TokenInput
 from fedra_edge.protocol.rounds import EvaluationTask
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, MalformedTensorsError, read_header, read_tensor
-from fedra_edge.training.trainer import SliceWork, WholeModel
+from fedra_edge.training.trainer import PieceFile, SliceWork, WholeModel
 
 
 class LayerSource(Protocol):
@@ -53,13 +54,25 @@ def whole_model(task: EvaluationTask, spec: ModelSpec, layer_cache: LayerSource)
     return WholeModel(spec, task.adapter, weights, adapters)
 
 
+def fetch_tokenizer(spec: ModelSpec, layer_cache: LayerSource) -> TextTokenizer | None:
+    """Fetch and open a model's tokenizer; None when it reads images.
+
+    Raises:
+        BackendUnavailableError: The library that reads tokenizers is not installed.
+        SliceError: The blob holds no tokenizer.
+    """
+    if not isinstance(spec.input, TokenInput):
+        return None
+    return TextTokenizer(layer_cache.path(spec.input.tokenizer), spec.input)
+
+
 def piece_refs(spec: ModelSpec, layer_ids: Iterable[LayerId]) -> dict[str, BlobRef]:
     """Give the frozen weights that a walk over these layers needs, by piece."""
     layers = {layer_piece(layer_id): spec.layers[layer_id].weights for layer_id in layer_ids}
     return {STEM: spec.stem.weights, **layers, HEAD: spec.head.weights}
 
 
-class FetchedPieces(Mapping[str, Path]):
+class FetchedPieces(Mapping[str, PieceFile]):
     """Files by piece, fetched on look-up, so that a small disk can walk over a big model."""
 
     def __init__(self, refs: Mapping[str, BlobRef], layer_cache: LayerSource) -> None:
@@ -67,8 +80,8 @@ class FetchedPieces(Mapping[str, Path]):
         self._layer_cache = layer_cache
 
     @override
-    def __getitem__(self, piece: str) -> Path:
-        return self._layer_cache.path(self._refs[piece])
+    def __getitem__(self, piece: str) -> PieceFile:
+        return PieceFile(self._layer_cache.path(self._refs[piece]))
 
     @override
     def __iter__(self) -> Iterator[str]:

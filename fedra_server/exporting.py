@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ from pydantic import JsonValue
 
 from fedra_edge.protocol.families import Family, family_named
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, TensorKey, layer_piece
-from fedra_edge.protocol.models import AdapterSpec, BlobRef, ModelSpec
+from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec, TokenInput
 from fedra_edge.protocol.slices import RevisionManifest
-from fedra_edge.protocol.tensors import TensorInfo, iterate_chunks, read_header
+from fedra_edge.protocol.tensors import TensorInfo, iterate_float32, read_header
 from fedra_server.errors import ConfigurationError, ConflictError
 from fedra_server.storage.blobs import BlobStore
 
 _PEFT_PREFIX: Final = "base_model.model."
 _PEFT_FACTORS: Final[Mapping[str, str]] = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
 _ALIGNMENT: Final = 8
+_FLOAT32_BYTES: Final = 4
 _BILINEAR: Final = 2
 
 _README: Final = """# {name}, revision {number}
@@ -31,14 +33,25 @@ _README: Final = """# {name}, revision {number}
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForImageClassification
+from transformers import {base_class}, {prepare_class}
 
-base = AutoModelForImageClassification.from_pretrained("base")
+prepare = {prepare_class}.from_pretrained("base")
+base = {base_class}.from_pretrained("base")
 model = PeftModel.from_pretrained(base, "adapter").eval()
 ```
 
-`fedra-edge evaluate --export DIR --data DIR` measures its accuracy on a folder of images.
+`fedra-edge evaluate --export DIR --data DIR` measures its accuracy on a folder of {examples}.
 """
+_IMAGE_WORDS: Final = {
+    "base_class": "AutoModelForImageClassification",
+    "prepare_class": "AutoImageProcessor",
+    "examples": "images",
+}
+_TEXT_WORDS: Final = {
+    "base_class": "AutoModelForSequenceClassification",
+    "prepare_class": "AutoTokenizer",
+    "examples": "texts",
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,7 @@ def export_revision(
         peft_config = _peft_config(spec, family, adapter)
         _write_json(partial / "adapter" / "adapter_config.json", peft_config)
         _write_text(partial / "model.json", spec.model_dump_json(indent=2))
-        readme = _README.format(name=spec.name, number=revision.number, rank=adapter.rank)
-        _write_text(partial / "README.md", readme)
+        _write_text(partial / "README.md", _readme(spec, adapter, revision))
         if out.exists():
             out.rmdir()
         partial.replace(out)
@@ -96,7 +108,11 @@ def _write_base(spec: ModelSpec, family: Family, blobs: BlobStore, directory: Pa
     directory.mkdir(parents=True)
     _concatenate(sources, directory / "model.safetensors")
     _write_json(directory / "config.json", spec.config)
-    _write_json(directory / "preprocessor_config.json", _preprocessor(spec, family))
+    if isinstance(spec.input, TokenInput):
+        shutil.copyfile(blobs.path(spec.input.tokenizer.sha256), directory / "tokenizer.json")
+        _write_json(directory / "tokenizer_config.json", _tokenizer_config(spec.input))
+    else:
+        _write_json(directory / "preprocessor_config.json", _preprocessor(spec.input, family))
 
 
 def _write_adapter(
@@ -144,8 +160,18 @@ def _peft_config(spec: ModelSpec, family: Family, adapter: AdapterSpec) -> Mappi
     }
 
 
-def _preprocessor(spec: ModelSpec, family: Family) -> Mapping[str, JsonValue]:
-    size_px = spec.input.size_px
+def _readme(spec: ModelSpec, adapter: AdapterSpec, revision: RevisionManifest) -> str:
+    words = _TEXT_WORDS if isinstance(spec.input, TokenInput) else _IMAGE_WORDS
+    return _README.format(name=spec.name, number=revision.number, rank=adapter.rank, **words)
+
+
+def _tokenizer_config(wanted: TokenInput) -> Mapping[str, JsonValue]:
+    """Make transformers take tokenizer.json as it is."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": wanted.max_tokens}
+
+
+def _preprocessor(wanted: ImageInput, family: Family) -> Mapping[str, JsonValue]:
+    size_px = wanted.size_px
     return {
         "image_processor_type": family.image_processor,
         "do_resize": True,
@@ -154,19 +180,19 @@ def _preprocessor(spec: ModelSpec, family: Family) -> Mapping[str, JsonValue]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(spec.input.mean),
-        "image_std": list(spec.input.std),
+        "image_mean": list(wanted.mean),
+        "image_std": list(wanted.std),
     }
 
 
 def _concatenate(sources: list[_Source], out: Path) -> None:
-    """Write one safetensors file by copying tensors from others, in bounded chunks."""
+    """Write one float32 safetensors file from tensors of others, in bounded chunks."""
     header: dict[str, JsonValue] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for source in sources:
-        end = offset + source.info.size_bytes
+        end = offset + _FLOAT32_BYTES * math.prod(source.info.shape)
         header[source.name] = {
-            "dtype": source.info.dtype,
+            "dtype": "F32",
             "shape": list(source.info.shape),
             "data_offsets": [offset, end],
         }
@@ -177,7 +203,7 @@ def _concatenate(sources: list[_Source], out: Path) -> None:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for source in sources:
-            file.writelines(iterate_chunks(source.path, source.info.start, source.info.size_bytes))
+            file.writelines(iterate_float32(source.path, source.info))
 
 
 def _write_json(path: Path, content: Mapping[str, JsonValue]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedra_edge.protocol.fitting import Unfit, fit_work
 from fedra_edge.protocol.rounds import Assignment, EvaluationTask, Stop, Train, Wait
-from fedra_server.fitting import Unfit, fit_work
 from fedra_server.runs import RunState
 from fedra_server.storage.records import (
     AssignmentRecord,
@@ -58,7 +58,7 @@ def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None:
         return f"run {run.run} needs to know what its model costs on this machine"
-    fit = fit_work(client.profile, calibration, store.model(run.model_id).spec, run.spec)
+    fit = fit_work(client.profile, calibration, store.model(run.model_id).spec, run.spec.terms)
     if isinstance(fit, Unfit):
         return f"this machine cannot take part in run {run.run}: {fit.reason}"
     if run.state is RunState.PAUSED:

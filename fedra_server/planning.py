@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.fitting import Machine, Unfit, Work, fit_work
+from fedra_edge.protocol.footprint import SliceShape
 from fedra_edge.protocol.ids import ClientId, LayerId
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.slices import LayerRole
 from fedra_server.allocation import draw_allocation
-from fedra_server.fitting import Unfit, Work, fit_work
 from fedra_server.runs import RunSpec
 
 _MAX_SEED = 2**62
@@ -48,10 +49,7 @@ def find_unfit(
     candidates: Sequence[Candidate], spec: ModelSpec, run: RunSpec
 ) -> dict[ClientId, str]:
     """Give the reason for every candidate whose machine cannot take part."""
-    fits = {
-        candidate.client_id: fit_work(candidate.profile, candidate.calibration, spec, run)
-        for candidate in candidates
-    }
+    fits = _fits(candidates, spec, run)
     return {client_id: fit.reason for client_id, fit in fits.items() if isinstance(fit, Unfit)}
 
 
@@ -67,23 +65,37 @@ def plan_round(
     Candidates whose machine does not fit are left out. The result does not depend on the order
     of the candidates.
     """
-    fits = {
-        candidate.client_id: fit_work(candidate.profile, candidate.calibration, spec, run)
-        for candidate in candidates
-    }
+    fits = _fits(candidates, spec, run)
     works = {client_id: fit for client_id, fit in sorted(fits.items()) if isinstance(fit, Work)}
+    machines = {item.client_id: _machine(item, spec, run) for item in candidates}
     budgets = {client_id: work.num_layers for client_id, work in works.items()}
     matrix = draw_allocation(run.allocation, budgets, last_trained, generator)
-    return [
-        PlannedSlice(
-            client_id=client_id,
-            work=work,
-            layers=_roles(spec, work, matrix.rows[client_id]),
-            chance=work.num_layers / spec.num_layers,
-            seed=int(generator.integers(_MAX_SEED)),
+    planned = []
+    for client_id, work in works.items():
+        layers = _roles(spec, work, matrix.rows[client_id])
+        planned.append(
+            PlannedSlice(
+                client_id=client_id,
+                work=machines[client_id].drawn(work, SliceShape.of(layers)),
+                layers=layers,
+                chance=work.num_layers / spec.num_layers,
+                seed=int(generator.integers(_MAX_SEED)),
+            )
         )
-        for client_id, work in works.items()
-    ]
+    return planned
+
+
+def _fits(
+    candidates: Sequence[Candidate], spec: ModelSpec, run: RunSpec
+) -> dict[ClientId, Work | Unfit]:
+    return {
+        candidate.client_id: fit_work(candidate.profile, candidate.calibration, spec, run.terms)
+        for candidate in candidates
+    }
+
+
+def _machine(candidate: Candidate, spec: ModelSpec, run: RunSpec) -> Machine:
+    return Machine(candidate.profile, candidate.calibration, spec, run.terms)
 
 
 def _roles(spec: ModelSpec, work: Work, trained: tuple[LayerId, ...]) -> tuple[LayerRole, ...]:

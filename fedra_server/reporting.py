@@ -29,10 +29,10 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict
 
 from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.fitting import Unfit, fit_work
 from fedra_edge.protocol.ids import ClientId, LayerId
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import Depth, Residency
-from fedra_server.fitting import Unfit, fit_work
 from fedra_server.runs import AssignmentState, RunSpec, RunState
 from fedra_server.storage.histories import RunHistory
 from fedra_server.storage.records import AssignmentRecord, ClientRecord, RoundRecord
@@ -229,7 +229,7 @@ def _why_waiting(history: RunHistory, client: ClientRecord) -> str:
     calibration = history.calibrations.get(client.client_id)
     if calibration is None:
         return "not calibrated yet"
-    fit = fit_work(client.profile, calibration, history.model.spec, history.run.spec)
+    fit = fit_work(client.profile, calibration, history.model.spec, history.run.spec.terms)
     return fit.reason if isinstance(fit, Unfit) else READY
 
 

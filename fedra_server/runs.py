@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedra_edge.protocol.fitting import DepthPolicy, Terms
 from fedra_edge.protocol.models import AdapterSpec
 from fedra_edge.protocol.slices import TrainingSpec
 
-DepthPolicy = Literal["auto", "full", "reduced"]
 AllocationScheme = Literal["balanced", "independent"]
 MergeWeighting = Literal["uniform", "num_examples", "inverse_chance"]
 
@@ -59,3 +59,14 @@ class RunSpec(BaseModel):
     max_inverse_chance: Annotated[float, Field(ge=1, le=1e6)] = 4.0
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def terms(self) -> Terms:
+        """What of this run decides what a machine can do in it."""
+        return Terms(
+            adapter=self.adapter,
+            training=self.training,
+            deadline_s=self.deadline_s,
+            depth=self.depth,
+            max_layers=self.max_layers,
+        )

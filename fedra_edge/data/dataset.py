@@ -1,4 +1,4 @@
-"""What a local dataset is: labelled images, read one at a time, and a stable held-out part."""
+"""What a local dataset is: labelled examples, read one at a time, and a stable held-out part."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ class Example(NamedTuple):
     label: str
 
 
+class TextExample(NamedTuple):
+    """One labelled text."""
+
+    text: str
+    label: str
+
+
 class LocalDataset(Protocol):
-    """Examples by index; only ``__getitem__`` reads an image."""
+    """Examples by index, all images or all texts; only ``__getitem__`` reads one."""
 
     def __len__(self) -> int:
         """Count the examples."""
         ...
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example | TextExample:
         """Read one example; ``DataError`` or ``OSError`` when it cannot be read."""
         ...
 
     def label_of(self, index: int) -> str:
-        """Give the label's name without reading the image."""
+        """Give the label's name without reading the example."""
         ...
 
     def key_of(self, index: int) -> str:

@@ -2,146 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
-from fedra_edge.data.dataset import Example, SkipReport
+from typing_extensions import override
+
+from fedra_edge.data.class_folder import ClassFolder
+from fedra_edge.data.dataset import Example
 from fedra_edge.data.images import IMAGE_SUFFIXES, problem_of_image, read_image
-from fedra_edge.errors import DataError
 
 
-class _Entry(NamedTuple):
-    path: str  # relative to the root, with forward slashes
-    label: str
-    held_out: bool | None
+class ImageFolder(ClassFolder):
+    """``DIR/CLASS/...`` or ``DIR/{train,test}/CLASS/...`` of images."""
 
-
-class ImageFolder:
-    """``DIR/CLASS/...`` or, with a held-out part of its own, ``DIR/{train,test}/CLASS/...``.
-
-    A class is named by its directory; images may lie deeper. Links are followed, but an image
-    counts once, at its own place when that is in the folder. Hidden files are ignored, and
-    whatever is left out is counted in ``skipped``.
-    """
-
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(
-                f"{self.root} is no directory",
-                remedy="Give a directory that holds one directory of images per class.",
-            )
-        self.skipped = SkipReport()
-        self._entries = sorted(self._without_repeats(self._list()))
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    noun: ClassVar[str] = "image"
+    article: ClassVar[str] = "an"
+    suffixes: ClassVar[frozenset[str]] = IMAGE_SUFFIXES
 
     def __getitem__(self, index: int) -> Example:
-        entry = self._entries[index]
-        return Example(read_image(self.root / entry.path), entry.label)
+        return Example(read_image(self.path_of(index)), self.label_of(index))
 
-    def label_of(self, index: int) -> str:
-        """Give the name of the class directory."""
-        return self._entries[index].label
-
-    def key_of(self, index: int) -> str:
-        """Give the path below the folder, with forward slashes."""
-        return self._entries[index].path
-
-    def is_held_out(self, index: int) -> bool | None:
-        """Tell whether the image lies under ``test``; None when the folder has no such part."""
-        return self._entries[index].held_out
-
+    @override
     def problem_of(self, index: int) -> str | None:
         """Try to decode the image and say why it cannot be used."""
-        return problem_of_image(self.root / self._entries[index].path)
-
-    def _list(self) -> Iterator[_Entry]:
-        held_out_by_part: dict[Path, bool | None] = {self.root: None}
-        if _is_split(self.root):
-            has_test = (self.root / "test").is_dir()
-            held_out_by_part = {self.root / "train": False if has_test else None}
-            if has_test:
-                held_out_by_part[self.root / "test"] = True
-        classes = [
-            (child, held_out)
-            for part, held_out in held_out_by_part.items()
-            for child in self._class_directories(part)
-        ]
-        listed = _with_parents(self.root)
-        listed.update(os.path.realpath(place) for place in held_out_by_part)
-        listed.update(os.path.realpath(child) for child, _ in classes)
-        for child, held_out in classes:
-            paths = list(self._list_images(child, set(listed)))
-            if not paths:
-                self.skipped.add("class directory without images", self._name(child))
-            for path in paths:
-                yield _Entry(self._name(path), child.name.strip(), held_out)
-
-    def _class_directories(self, part: Path) -> Iterator[Path]:
-        for child in _children(part):
-            if child.is_dir():
-                yield child
-            else:
-                self.skipped.add("file outside any class directory", self._name(child))
-
-    def _list_images(self, directory: Path, listed: set[str]) -> Iterator[Path]:
-        """Yield what lies in a directory; those in ``listed`` are not entered (again)."""
-        for child in _children(directory):
-            if child.is_dir():
-                real = os.path.realpath(child)
-                if real in listed:
-                    reason = "link to a directory that was already read"
-                    self.skipped.add(reason, self._name(child))
-                    continue
-                listed.add(real)
-                yield from self._list_images(child, listed)
-            elif child.suffix.lower() in IMAGE_SUFFIXES:
-                yield child
-            else:
-                self.skipped.add("not an image file", self._name(child))
-
-    def _without_repeats(self, entries: Iterable[_Entry]) -> Iterator[_Entry]:
-        """Keep each image once; its own place goes before links, which may name another class."""
-        root = os.path.realpath(self.root)
-        found = []
-        for entry in entries:
-            file = os.path.realpath(self.root / entry.path)
-            is_link = Path(file) != Path(root, entry.path)
-            found.append((is_link, entry, file))
-        seen: set[str] = set()
-        for _, entry, file in sorted(found):
-            if file in seen:
-                self.skipped.add("link to an image that was already read", entry.path)
-                continue
-            seen.add(file)
-            yield entry
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
-
-
-def _with_parents(directory: Path) -> set[str]:
-    real = Path(os.path.realpath(directory))
-    return {str(real), *map(str, real.parents)}
-
-
-def _is_split(root: Path) -> bool:
-    parts = {child.name for child in _children(root) if child.is_dir()}
-    if "train" not in parts or not parts <= {"train", "test"}:
-        return False
-    return any(child.is_dir() for child in _children(root / "train"))
-
-
-def _children(directory: Path) -> list[Path]:
-    try:
-        children = sorted(directory.iterdir())
-    except OSError as error:
-        raise DataError(
-            f"{directory} cannot be listed: {error.strerror}",
-            remedy="Let the user that runs the client read this directory.",
-        ) from error
-    return [child for child in children if not child.name.startswith(".")]
+        return problem_of_image(self.path_of(index))

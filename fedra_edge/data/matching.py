@@ -16,10 +16,16 @@ from fedra_edge.data.dataset import (
     SkipReport,
     is_held_out_by_key,
 )
-from fedra_edge.data.images import prepare_image
+from fedra_edge.data.preparing import (
+    Inputs,
+    WrongKindError,
+    image_of,
+    prepare_example,
+    text_of,
+)
+from fedra_edge.data.tokenizing import TextTokenizer, padded
 from fedra_edge.errors import DataError
-from fedra_edge.protocol.models import ImageInput
-from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.protocol.models import ImageInput, ModelInput
 
 _FEW_EXAMPLES: Final = 2
 
@@ -29,6 +35,7 @@ class MatchedDataset:
     """The usable examples of a dataset, by index, split into a training and a held-out part.
 
     ``label_ids`` maps the index of each usable example to its place in the model's label list.
+    ``tokenizer`` is that of a model that reads texts.
     """
 
     dataset: LocalDataset
@@ -36,28 +43,38 @@ class MatchedDataset:
     held_out_indices: tuple[int, ...]
     label_ids: Mapping[int, int]
     report: SkipReport = field(default_factory=SkipReport)
+    tokenizer: TextTokenizer | None = None
 
     def batch(
-        self, indices: Sequence[int] | NDArray[np.int64], wanted: ImageInput
-    ) -> tuple[FloatArray, NDArray[np.int64]]:
+        self, indices: Sequence[int] | NDArray[np.int64], wanted: ModelInput
+    ) -> tuple[Inputs, NDArray[np.int64]]:
         """Read examples as the model eats them.
 
         Returns:
-            Images of shape (n, channels, size, size) and label ids of shape (n,).
+            Images of shape (n, channels, size, size), or token ids of shape (n, tokens) with
+            ``PADDING`` at the end of shorter texts, and label ids of shape (n,).
 
         Raises:
             DataError: An example that could be read before cannot be read any more.
         """
         plain = [int(index) for index in indices]
-        size = (wanted.channels, wanted.size_px, wanted.size_px)
-        images = np.empty((len(plain), *size), dtype=np.float32)
-        for row, index in enumerate(plain):
-            images[row] = self._prepared(index, wanted)
-        return images, np.asarray([self.label_ids[index] for index in plain], dtype=np.int64)
+        inputs: Inputs
+        if isinstance(wanted, ImageInput):
+            size = (wanted.channels, wanted.size_px, wanted.size_px)
+            inputs = np.empty((len(plain), *size), dtype=np.float32)
+            for row, index in enumerate(plain):
+                inputs[row] = self._prepared(index, wanted)
+        else:
+            inputs = padded([self._prepared(index, wanted) for index in plain])
+        return inputs, np.asarray([self.label_ids[index] for index in plain], dtype=np.int64)
 
-    def _prepared(self, index: int, wanted: ImageInput) -> FloatArray:
+    def labels_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the label ids of examples, of shape (n,), without reading them."""
+        return np.asarray([self.label_ids[int(index)] for index in indices], dtype=np.int64)
+
+    def _prepared(self, index: int, wanted: ModelInput) -> Inputs:
         try:
-            return prepare_image(self.dataset[index].image, wanted)
+            return prepare_example(self.dataset[index], wanted, self.tokenizer)
         except (DataError, OSError) as error:
             raise DataError(
                 f"{self.dataset.key_of(index)} cannot be read: {error}",
@@ -65,21 +82,28 @@ class MatchedDataset:
             ) from error
 
 
-def match_labels(dataset: LocalDataset, labels: Sequence[str]) -> MatchedDataset:
-    """Keep the examples whose label the model knows and whose image can be read.
+def match_labels(
+    dataset: LocalDataset, labels: Sequence[str], tokenizer: TextTokenizer | None = None
+) -> MatchedDataset:
+    """Keep the examples whose label the model knows and that can be read.
 
-    Names must be equal but for white space around them; their order never matters.
+    Names must be equal but for white space around them; their order never matters. A model that
+    reads texts comes with its ``tokenizer``.
 
     Raises:
         DataError: No example to train on is left, or two of the model's labels are the same.
+        WrongKindError: The data are images and the model reads texts, or the other way round.
     """
     ids = _label_ids(labels)
+    _check_kind(dataset, reads_texts=tokenizer is not None)
     report = SkipReport()
     if isinstance(dataset, SelfCheckingDataset):
         report.merge(dataset.skipped)
     usable: dict[int, int] = {}
     for index in range(len(dataset)):
         problem = _problem_of(dataset, index, ids)
+        if problem is None and tokenizer is not None:
+            problem = _problem_of_text(dataset, index, tokenizer, report)
         if problem is None:
             usable[index] = ids[dataset.label_of(index).strip()]
         else:
@@ -88,7 +112,7 @@ def match_labels(dataset: LocalDataset, labels: Sequence[str]) -> MatchedDataset
     if not train:
         raise _nothing_left(len(dataset), report, labels)
     _note_few_examples(report, labels, Counter(usable[index] for index in train))
-    return MatchedDataset(dataset, train, held_out, usable, report)
+    return MatchedDataset(dataset, train, held_out, usable, report, tokenizer)
 
 
 def _label_ids(labels: Sequence[str]) -> dict[str, int]:
@@ -103,6 +127,31 @@ def _problem_of(dataset: LocalDataset, index: int, ids: Mapping[str, int]) -> st
     if label not in ids:
         return f"label {label[:60]!r} is unknown to the model"
     return dataset.problem_of(index) if isinstance(dataset, SelfCheckingDataset) else None
+
+
+def _problem_of_text(
+    dataset: LocalDataset, index: int, tokenizer: TextTokenizer, report: SkipReport
+) -> str | None:
+    """Look at a text as the model will, and note when it does not see all of it."""
+    try:
+        if tokenizer.cuts(text_of(dataset[index])):
+            report.add(f"text was cut after {tokenizer.max_tokens} tokens", dataset.key_of(index))
+    except WrongKindError:
+        raise
+    except (DataError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _check_kind(dataset: LocalDataset, *, reads_texts: bool) -> None:
+    """Look at the first example that can be read; the others are taken to be of its kind."""
+    for index in range(len(dataset)):
+        try:
+            example = dataset[index]
+        except (DataError, OSError):
+            continue
+        _ = text_of(example) if reads_texts else image_of(example)
+        return
 
 
 def _split(

@@ -7,17 +7,36 @@ from typing import Annotated
 from pydantic import Field
 
 from fedra_edge.protocol.ids import AssignmentId
-from fedra_edge.protocol.wire import ByteCount, Count, Finite, HexDigest, Seconds, Token, WireModel
+from fedra_edge.protocol.slices import Residency
+from fedra_edge.protocol.wire import (
+    ByteCount,
+    Count,
+    Detail,
+    Finite,
+    HexDigest,
+    Seconds,
+    Token,
+    WireModel,
+)
 
 
 class TrainingReport(WireModel):
-    """What local training did and what it took; losses are means per example of a step."""
+    """What local training did and what it took; losses are means per example of a step.
+
+    ``peak_memory_bytes`` is the most that the whole process occupied while it worked on the
+    assignment. ``step_downs`` says, in words, where a plan had to shrink on the way; the other
+    fields of the plan are those that training ended with.
+    """
 
     steps: Count
     first_loss: Finite
     last_loss: Finite
     train_s: Seconds
     peak_memory_bytes: ByteCount
+    predicted_peak_bytes: ByteCount
+    residency: Residency
+    micro_batch: Annotated[int, Field(ge=1, le=65_536)]
+    step_downs: Annotated[tuple[Detail, ...], Field(max_length=100)] = ()
     bytes_received: ByteCount
     bytes_sent: ByteCount
 

@@ -49,6 +49,24 @@ class DeviceProfile(WireModel):
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
 
+class BlockMemory(WireModel):
+    """Measured memory of one block of a model with adapters on this machine.
+
+    ``idle_bytes`` is what the whole process occupies after the measurement with nothing at work.
+    The rest is what comes on top of weights and of what enters the block: ``fixed_bytes`` once,
+    ``forward_bytes`` per example of a pass without gradients, ``working_bytes`` per example of a
+    forward and a backward pass, of which autograd keeps ``kept_bytes`` in between, and
+    ``kept_frozen_bytes`` where the block's adapters are not trained.
+    """
+
+    idle_bytes: ByteCount
+    fixed_bytes: ByteCount
+    forward_bytes: ByteCount
+    working_bytes: ByteCount
+    kept_bytes: ByteCount
+    kept_frozen_bytes: ByteCount
+
+
 class Calibration(WireModel):
     """Measured cost of one block of a model on this machine, and the local data for it.
 
@@ -59,5 +77,6 @@ class Calibration(WireModel):
     model_id: HexDigest
     forward_s: BlockTime
     backward_s: BlockTime
+    memory: BlockMemory
     train_examples: Annotated[int, Field(ge=1, lt=2**31)]
     held_out_examples: Count

@@ -17,6 +17,7 @@ from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
 class Family:
     """How one architecture of Hugging Face names its modules.
 
+    ``image_processor`` prepares what it eats, and is None where that is text.
     ``stem`` and ``layers`` are module paths inside the whole model; layer i is ``layers.i``.
     ``head`` lists the modules after the last layer, which keep their last name inside the head
     piece. ``head_parameters`` are the tensors of the head piece that are trained in full.
@@ -24,7 +25,7 @@ class Family:
 
     name: str
     architecture: str
-    image_processor: str
+    image_processor: str | None
     stem: str
     layers: str
     head: tuple[str, ...]
@@ -82,6 +83,16 @@ FAMILIES: Final = (
         head=("vit.layernorm", "classifier"),
         default_targets=("attention.o_proj", "mlp.fc2"),
         head_parameters=("classifier.weight", "classifier.bias"),
+    ),
+    Family(
+        name="llama",
+        architecture="LlamaForSequenceClassification",
+        image_processor=None,
+        stem="model.embed_tokens",
+        layers="model.layers",
+        head=("model.norm", "score"),
+        default_targets=("self_attn.o_proj", "mlp.down_proj"),
+        head_parameters=("score.weight",),
     ),
 )
 

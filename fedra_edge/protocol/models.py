@@ -13,6 +13,7 @@ from fedra_edge.protocol.wire import ByteCount, Count, Finite, HexDigest, ShortT
 
 Shape = tuple[Annotated[int, Field(ge=1, le=2**31)], ...]
 MAX_LAYERS = 10_000
+MAX_TOKENS = 32_768
 
 
 class BlobRef(WireModel):
@@ -53,6 +54,21 @@ class ImageInput(WireModel):
     std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
 
 
+class TokenInput(WireModel):
+    """What the model eats: texts as token ids, by the tokenizer in a tokenizer.json.
+
+    Longer texts are cut after ``max_tokens``; every id is below ``vocabulary_size``.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    vocabulary_size: Annotated[int, Field(ge=1, le=2**24)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    tokenizer: BlobRef
+
+
+ModelInput = Annotated[ImageInput | TokenInput, Field(discriminator="kind")]
+
+
 class AdapterSpec(WireModel):
     """Which adapters a run trains: LoRA of one rank on exactly the named linear modules.
 
@@ -81,7 +97,7 @@ class ModelSpec(WireModel):
     family: ShortText
     config: dict[str, JsonValue]
     labels: Annotated[tuple[ShortText, ...], Field(min_length=1, max_length=100_000)]
-    input: ImageInput
+    input: ModelInput
     stem: Piece
     layers: Annotated[tuple[Piece, ...], Field(min_length=1, max_length=MAX_LAYERS)]
     head: Piece

@@ -26,10 +26,11 @@ _LENGTH_BYTES: Final = 8
 _CHUNK_BYTES: Final = 2**20
 _DTYPES: Final[Mapping[str, str]] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
-    "I8": "<i1", "U8": "<u1", "BOOL": "|b1",
+    "I8": "<i1", "U8": "<u1", "BOOL": "|b1", "BF16": "<u2",
 }  # fmt: skip
-_BF16: Final = "BF16"
-_ITEM_BYTES: Final = {name: np.dtype(code).itemsize for name, code in _DTYPES.items()} | {_BF16: 2}
+_BF16: Final = "BF16"  # numpy has no such type: its bits, until they are widened
+_UP_TO_FLOAT32: Final = frozenset({"F32", "F16", _BF16})
+_ITEM_BYTES: Final = {name: np.dtype(code).itemsize for name, code in _DTYPES.items()}
 
 FloatArray = NDArray[np.float32]
 
@@ -84,16 +85,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
-    """Read one declared tensor into memory."""
-    if info.dtype not in _DTYPES:
-        raise MalformedTensorsError(f"dtype {info.dtype} has no numpy form")
+    """Read one declared tensor into memory; bfloat16, which numpy lacks, becomes float32."""
     dtype = np.dtype(_DTYPES[info.dtype])
     with path.open("rb") as file:
         file.seek(info.start)
         flat = np.fromfile(file, dtype=dtype, count=math.prod(info.shape))
     if flat.size != math.prod(info.shape):
         raise MalformedTensorsError("the file is shorter than its header says")
-    return flat.reshape(info.shape)
+    return (_from_bfloat16(flat) if info.dtype == _BF16 else flat).reshape(info.shape)
+
+
+def map_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
+    """Give one declared tensor as a view of its file, read as it is used; bfloat16 is widened.
+
+    Changes to the array stay in memory.
+    """
+    mapped = np.memmap(path, _DTYPES[info.dtype], mode="c", offset=info.start, shape=info.shape)
+    return _from_bfloat16(mapped) if info.dtype == _BF16 else mapped
 
 
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
@@ -109,6 +117,27 @@ def iterate_chunks(path: Path, start: int = 0, size_bytes: int | None = None) ->
         while remaining > 0 and (chunk := file.read(min(_CHUNK_BYTES, remaining))):
             remaining -= len(chunk)
             yield chunk
+
+
+def iterate_float32(path: Path, info: TensorInfo) -> Iterator[bytes]:
+    """Yield a float tensor's values as float32, exactly, in bounded chunks.
+
+    Raises:
+        MalformedTensorsError: The tensor holds no floats, or wider ones.
+    """
+    if info.dtype not in _UP_TO_FLOAT32:
+        raise MalformedTensorsError(f"dtype {info.dtype} does not fit into float32")
+    for chunk in iterate_chunks(path, info.start, info.size_bytes):
+        values = np.frombuffer(chunk, _DTYPES[info.dtype])
+        wide = _from_bfloat16(values) if info.dtype == _BF16 else values.astype("<f4", copy=False)
+        yield wide.tobytes()
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:
+    """Widen bfloat16, which is the upper half of a float32."""
+    wide = bits.astype("<u4")
+    wide <<= 16
+    return wide.view("<f4")
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import Literal
 
 from fedra_edge.errors import BackendUnavailableError
 from fedra_edge.training.trainer import (
-    BlockTiming,
+    BlockCost,
     EvaluationCounts,
+    PieceFile,
     SliceWork,
     TrainedSlice,
     Trainer,
@@ -15,8 +16,9 @@ from fedra_edge.training.trainer import (
 )
 
 __all__ = [
-    "BlockTiming",
+    "BlockCost",
     "EvaluationCounts",
+    "PieceFile",
     "SliceWork",
     "TrainedSlice",
     "Trainer",

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Final
+from typing import Any, Final
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-_LARGE_BYTES: Final = 2**20
+_LARGE_BYTES: Final = 2**17
 
 
 def return_freed_memory() -> bool:
-    """Let every buffer over 1 MiB be a mapping of its own, unmapped when freed.
+    """Let every buffer over 128 KiB be a mapping of its own, unmapped when freed.
 
     glibc otherwise raises that threshold as buffers are freed and keeps them in a heap that
     fragments. This holds for the whole process from here on, and is what makes the peak memory of
-    a streamed walk predictable; it costs page faults.
+    training predictable; it costs page faults.
 
     Returns:
         Whether the C library took the settings; others than glibc need none or take none.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_c_library("mallopt")
     if mallopt is None:
         return False
     wanted = ((_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, _LARGE_BYTES))
     return all(mallopt(name, value) == 1 for name, value in wanted)
+
+
+def trim_heap() -> None:
+    """Give what lies unused in the heap back to the system now."""
+    malloc_trim = _of_c_library("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_c_library(name: str) -> Any:  # noqa: ANN401 (a foreign function has no type)
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)

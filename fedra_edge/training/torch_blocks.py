@@ -1,18 +1,20 @@
 """Builds the pieces of a model family as PyTorch modules and fills them, strictly, from tensors.
 
 Modules are built without memory (on the meta device) and take the tensors they are filled with,
-so a piece read from a memory-mapped file costs no copy.
+so a piece read from a memory-mapped file costs no copy unless it is stored in half precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final, Generic, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,23 +22,36 @@ from torch import Tensor, nn
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, TensorKey
+from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.training.torch_llama import LlamaBlock, LlamaHead, LlamaStem, real_tokens
 from fedra_edge.training.torch_lora import attach_adapter
+from fedra_edge.training.torch_pieces import Context, ResidualBlock, no_context
 from fedra_edge.training.torch_vit import VitBlock, VitHead, VitSettings, VitStem
+
+Module = TypeVar("Module", bound=nn.Module)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Builders:
+class Builders(Generic[Settings]):
     """How to build a family's pieces from its settings."""
 
-    settings: type[VitSettings]
-    stem: Callable[[VitSettings], nn.Module]
-    block: Callable[[VitSettings], nn.Module]
-    head: Callable[[VitSettings, int], nn.Module]
+    settings: type[Settings]
+    stem: Callable[[Settings], nn.Module]
+    block: Callable[[Settings], ResidualBlock]
+    head: Callable[[Settings, int], nn.Module]
+    context: Callable[[Tensor], Context]
 
 
-_BUILDERS: Final = {"vit": Builders(VitSettings, VitStem, VitBlock, VitHead)}
+_BUILDERS: Final[Mapping[str, Builders[Any]]] = {
+    "vit": Builders(VitSettings, VitStem, VitBlock, VitHead, no_context),
+    "llama": Builders(LlamaSettings, LlamaStem, LlamaBlock, LlamaHead, real_tokens),
+}
+NO_PARAMETERS: Final[Mapping[str, nn.Parameter]] = MappingProxyType({})
+_STORED_DTYPES: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_COMPUTED_DTYPES: Final = frozenset({torch.float32})
 
 
 def build_stem(spec: ModelSpec) -> nn.Module:
@@ -50,7 +65,12 @@ def build_head(spec: ModelSpec) -> nn.Module:
     return _built(spec, lambda config: head(config, len(spec.labels)))
 
 
-def build_block(spec: ModelSpec, adapter: AdapterSpec) -> nn.Module:
+def find_context(spec: ModelSpec, inputs: Tensor) -> Context:
+    """Give what every layer and the head need to know of a batch beside its activations."""
+    return _builders(spec).context(inputs)
+
+
+def build_block(spec: ModelSpec, adapter: AdapterSpec) -> ResidualBlock:
     """Build one layer with adapters on exactly the targets, unfilled and frozen.
 
     Raises:
@@ -60,7 +80,7 @@ def build_block(spec: ModelSpec, adapter: AdapterSpec) -> nn.Module:
         if target not in spec.block_linears:
             raise SliceError(f"{target!r} is no linear module of a block of model {spec.name}")
 
-    def adapted(settings: VitSettings) -> nn.Module:
+    def adapted(settings: BaseModel) -> ResidualBlock:
         block = _builders(spec).block(settings)
         attach_adapter(block, adapter)
         return block
@@ -85,42 +105,26 @@ def fill_block(
     weights: Mapping[str, Tensor],
     adapters: Mapping[str, FloatArray],
     layer_id: LayerId,
-    device: torch.device,
+    trained: Mapping[str, nn.Parameter] = NO_PARAMETERS,
 ) -> None:
     """Give a block a layer's weights and its adapters, by their global names.
-
-    Raises:
-        SliceError: A tensor is missing, extra, or of another shape or dtype.
-    """
-    held = {
-        name: torch.tensor(value, device=device)
-        for name, value in adapters.items()
-        if TensorKey.parse(name).layer_id == layer_id
-    }
-    block.load_state_dict(block_state(block, weights, held, layer_id), strict=True, assign=True)
-
-
-def block_state(
-    block: nn.Module,
-    weights: Mapping[str, Tensor],
-    adapters: Mapping[str, Tensor],
-    layer_id: LayerId,
-) -> dict[str, Tensor]:
-    """Name a layer's weights and adapters as the block's parameters.
 
     Args:
         block: A block with adapters, as ``build_block`` makes it.
         weights: The layer's frozen weights by their names inside the piece.
-        adapters: The layer's adapters by global name.
-        layer_id: The layer, for error messages.
+        adapters: Adapters of this and any other layers.
+        layer_id: The layer.
+        trained: Parameters that stand in for the adapters of the same name.
 
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    own = {TensorKey.parse(name).name: value for name, value in adapters.items()}
-    state = dict(weights) | own
-    _check_state(block, state, f"layer {layer_id}")
-    return state
+    own = {
+        key.name: trained.get(str(key), torch.from_numpy(adapters[str(key)]))
+        for key in map(TensorKey.parse, adapters)
+        if key.layer_id == layer_id
+    }
+    _fill(block, weights, own, f"layer {layer_id}")
 
 
 def fill_stem(stem: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -129,26 +133,27 @@ def fill_stem(stem: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    _fill(stem, weights, "the stem")
+    _fill(stem, weights, {}, "the stem")
 
 
 def fill_head(
     head: nn.Module,
     weights: Mapping[str, Tensor],
     adapters: Mapping[str, FloatArray],
-    device: torch.device,
+    trained: Mapping[str, nn.Parameter] = NO_PARAMETERS,
 ) -> None:
     """Give a head its weights, the trained ones from the adapter state.
 
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    trained = {
-        key.name: torch.tensor(adapters[str(key)], device=device)
+    own = {
+        key.name: trained.get(str(key), torch.from_numpy(adapters[str(key)]))
         for key in map(TensorKey.parse, adapters)
         if key.piece == HEAD
     }
-    _fill(head, dict(weights) | trained, "the head")
+    frozen = {name: tensor for name, tensor in weights.items() if name not in own}
+    _fill(head, frozen, own, "the head")
 
 
 def allocate(module: nn.Module, device: torch.device) -> nn.Module:
@@ -156,15 +161,12 @@ def allocate(module: nn.Module, device: torch.device) -> nn.Module:
 
     ``Module.to_empty`` would do, but imports PyTorch's symbolic shapes, some 40 MB.
     """
-    state = {
-        name: torch.empty(tensor.shape, device=device)
-        for name, tensor in module.state_dict().items()
-    }
-    module.load_state_dict(state, strict=True, assign=True)
+    for name, parameter in list(module.named_parameters()):
+        _set_parameter(module, name, torch.empty(parameter.shape, device=device))
     return module
 
 
-def _builders(spec: ModelSpec) -> Builders:
+def _builders(spec: ModelSpec) -> Builders[Any]:
     if spec.family not in _BUILDERS:
         known = ", ".join(_BUILDERS)
         raise SliceError(
@@ -174,7 +176,7 @@ def _builders(spec: ModelSpec) -> Builders:
     return _BUILDERS[spec.family]
 
 
-def _built(spec: ModelSpec, build: Callable[[VitSettings], nn.Module]) -> nn.Module:
+def _built(spec: ModelSpec, build: Callable[[Any], Module]) -> Module:
     try:
         settings = _builders(spec).settings.model_validate(spec.config)
     except ValidationError as error:
@@ -187,19 +189,38 @@ def _built(spec: ModelSpec, build: Callable[[VitSettings], nn.Module]) -> nn.Mod
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    _check_state(module, tensors, what)
-    module.load_state_dict(tensors, strict=True, assign=True)
+def _fill(
+    module: nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str
+) -> None:
+    """Check all tensors, then set one after the other, each in place of the one before."""
+    if repeated := weights.keys() & own.keys():
+        raise SliceError(f"{what} has an adapter among its weights: {min(repeated)}")
+    _check_tensors(module, weights, _STORED_DTYPES, what)
+    _check_tensors(module, own, _COMPUTED_DTYPES, what)
+    missing = {name for name, _ in module.named_parameters()} - weights.keys() - own.keys()
+    if missing:
+        raise SliceError(f"{what} has missing tensors: {', '.join(sorted(missing)[:5])}")
+    for name, tensor in (*weights.items(), *own.items()):
+        _set_parameter(module, name, tensor)
 
 
-def _check_state(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    expected = module.state_dict()
-    if expected.keys() != tensors.keys():
-        odd = ", ".join(sorted(expected.keys() ^ tensors.keys())[:5])
-        raise SliceError(f"{what} has missing or extra tensors: {odd}")
+def _check_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], dtypes: AbstractSet[torch.dtype], what: str
+) -> None:
+    expected = dict(module.named_parameters())
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise SliceError(f"{what} has extra tensors: {', '.join(extra[:5])}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+        if tensor.shape != expected[name].shape or tensor.dtype not in dtypes:
             raise SliceError(
                 f"{what}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"not {expected[name].dtype} {tuple(expected[name].shape)}"
+                f"not {torch.float32} {tuple(expected[name].shape)}"
             )
+
+
+def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of a parameter; one stored in half precision is widened."""
+    parent, _, last = name.rpartition(".")
+    if not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor.to(torch.float32), requires_grad=False)
+    setattr(module.get_submodule(parent), last, tensor)

@@ -27,8 +27,38 @@ class LoraLinear(nn.Module):
     @override
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        adapted = F.linear(F.linear(hidden, self.lora_a), self.lora_b)
-        return F.linear(hidden, self.weight, self.bias) + self.scale * adapted
+        rows = hidden.flatten(0, -2)
+        low = F.linear(rows, self.lora_a)
+        out = F.linear(rows, self.weight, self.bias).addmm_(low, self.lora_b.t(), alpha=self.scale)
+        return out.view(*hidden.shape[:-1], -1)
+
+    @torch.no_grad()
+    def pull(self, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """Pull a gradient of the output back to the input, without computing the output.
+
+        With y = W x + b + s B (A x):  dA = s (B^T g) x^T,  dB = s g (A x)^T,
+        dx = W^T g + s A^T (B^T g). Gradients of A and B are added where they are trained.
+        """
+        rows, pulled = hidden.flatten(0, -2), gradient.flatten(0, -2)
+        low = self.scale * (pulled @ self.lora_b)
+        if self.lora_a.requires_grad:
+            _add_gradient(self.lora_a, low.t() @ rows)
+            _add_gradient(self.lora_b, self.scale * (pulled.t() @ F.linear(rows, self.lora_a)))
+        out = (pulled @ self.weight).addmm_(low, self.lora_a)
+        return out.view(*hidden.shape[:-1], -1)
+
+
+def pull_linear(linear: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """Pull a gradient back through a linear module with or without an adapter.
+
+    Raises:
+        TypeError: The module is of another kind.
+    """
+    if isinstance(linear, LoraLinear):
+        return linear.pull(hidden, gradient)
+    if isinstance(linear, nn.Linear):
+        return gradient @ linear.weight.detach()
+    raise TypeError(f"{type(linear).__name__} is no linear module")
 
 
 def attach_adapter(block: nn.Module, adapter: AdapterSpec) -> None:
@@ -44,3 +74,7 @@ def attach_adapter(block: nn.Module, adapter: AdapterSpec) -> None:
             raise TypeError(f"{target} is no linear module")
         parent, _, name = target.rpartition(".")
         setattr(block.get_submodule(parent), name, LoraLinear(base, adapter))
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

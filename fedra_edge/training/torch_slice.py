@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import override
 
-from fedra_edge.protocol.ids import LayerId, Position
-from fedra_edge.protocol.layers import HEAD, STEM, LayerPositions, TensorKey, layer_piece
+from fedra_edge.protocol.layers import HEAD, STEM, LayerPositions, layer_piece
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.torch_blocks import (
     build_block,
@@ -20,26 +19,38 @@ from fedra_edge.training.torch_blocks import (
     fill_block,
     fill_head,
     fill_stem,
+    find_context,
     read_piece,
 )
+from fedra_edge.training.torch_pieces import Context
 from fedra_edge.training.trainer import SliceWork
+
+
+@dataclass(frozen=True)
+class Entering:
+    """A micro-batch on its way: what enters the lowest trained layer, and the context.
+
+    ``hidden`` is of shape (examples, tokens, width).
+    """
+
+    hidden: Tensor
+    context: Context
 
 
 class TrainableSlice(Protocol):
     """A slice that gradients can be accumulated in, whatever part of it is in memory."""
 
-    @property
-    def trained(self) -> Mapping[str, nn.Parameter]:
-        """The tensors that are trained, by global name."""
+    def enter(self, inputs: Iterable[Tensor]) -> list[Entering]:
+        """Bring micro-batches to the lowest trained layer, which no gradient passes."""
         ...
 
     def accumulate(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
+        self, entering: Sequence[Entering], labels: Sequence[Tensor], num_examples: int
     ) -> float:
-        """Add the gradient of the mean loss to the trained tensors.
+        """Add the gradient of the mean loss to the trained parameters.
 
         Args:
-            images: Micro-batches of shape (n_i, channels, size, size).
+            entering: Micro-batches at the lowest trained layer.
             labels: Their label ids, of shape (n_i,).
             num_examples: What the mean is taken over, usually the whole batch.
 
@@ -48,97 +59,79 @@ class TrainableSlice(Protocol):
         """
         ...
 
-    def trained_values(self) -> dict[str, FloatArray]:
-        """Copy the trained tensors out, by global name."""
-        ...
+
+def trained_parameters(work: SliceWork, device: torch.device) -> dict[str, nn.Parameter]:
+    """Copy what a slice trains, the head's tensors included, into parameters by global name."""
+    manifest = work.manifest
+    names = work.spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
+    return {
+        name: nn.Parameter(torch.tensor(work.adapters[name], device=device))
+        for name in sorted(names)
+    }
 
 
-class TorchSlice(nn.Module):
+def parameter_values(parameters: Mapping[str, nn.Parameter]) -> dict[str, FloatArray]:
+    """Copy parameters out, by global name."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in parameters.items()}
+
+
+class ResidentSlice:
     """The layers of a slice in memory, at positions 0, 1, 2 ...; layers not listed are skipped.
 
-    Only the adapters of trained layers and the head's trained tensors require gradients.
+    Args:
+        work: The slice's files and adapters.
+        trained: The parameters that gradients go to, as ``trained_parameters`` makes them.
+        device: Where everything lives.
+
+    Raises:
+        SliceError: A piece does not fit the model.
     """
 
     def __init__(
-        self,
-        stem: nn.Module,
-        blocks: dict[LayerId, nn.Module],
-        head: nn.Module,
-        device: torch.device,
+        self, work: SliceWork, trained: Mapping[str, nn.Parameter], device: torch.device
     ) -> None:
-        super().__init__()
-        self._device = device
-        self.positions = LayerPositions.of(sorted(blocks))
-        self.stem = stem
-        self.layers = nn.ModuleList(blocks[layer_id] for layer_id in self.positions.layer_ids)
-        self.head = head
-        self.trained: dict[str, nn.Parameter] = {}
-        self._first_trained = Position(len(self.layers))
-
-    @classmethod
-    def load(cls, work: SliceWork, device: torch.device) -> Self:
-        """Build a slice, fill it and mark what is trained.
-
-        Raises:
-            SliceError: A piece does not fit the model.
-        """
         spec, manifest = work.spec, work.manifest
-        stem, head = build_stem(spec), build_head(spec)
-        fill_stem(stem, read_piece(work.weights[STEM], device))
-        fill_head(head, read_piece(work.weights[HEAD], device), work.adapters, device)
-        blocks = {}
-        for layer_id in manifest.layer_ids:
-            blocks[layer_id] = block = build_block(spec, manifest.adapter)
+        self._spec = spec
+        self._device = device
+        self.positions = LayerPositions.of(manifest.layer_ids)
+        self.stem, self.head = build_stem(spec), build_head(spec)
+        fill_stem(self.stem, read_piece(work.weights[STEM], device))
+        fill_head(self.head, read_piece(work.weights[HEAD], device), work.adapters, trained)
+        self.layers = [build_block(spec, manifest.adapter) for _ in manifest.layer_ids]
+        for layer_id, block in zip(manifest.layer_ids, self.layers, strict=True):
             weights = read_piece(work.weights[layer_piece(layer_id)], device)
-            fill_block(block, weights, work.adapters, layer_id, device)
-        loaded = cls(stem, blocks, head, device)
-        loaded._mark_trained(
-            spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids),
-            manifest.trained_layer_ids,
-        )
-        return loaded
+            fill_block(block, weights, work.adapters, layer_id, trained)
+        self._first_trained = self.positions.position_of(manifest.trained_layer_ids[0])
 
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images to logits; nothing below the lowest trained layer keeps activations."""
-        with torch.no_grad():
-            hidden: Tensor = self.stem(images)
+    @torch.no_grad()
+    def enter(self, inputs: Iterable[Tensor]) -> list[Entering]:
+        """Bring micro-batches to the lowest trained layer; nothing on the way is kept."""
+        entering = []
+        for batch in inputs:
+            on_device = batch.to(self._device)
+            context = find_context(self._spec, on_device)
+            hidden: Tensor = self.stem(on_device)
             for block in self.layers[: self._first_trained]:
-                hidden = block(hidden)
+                hidden = block(hidden, *context)
+            entering.append(Entering(hidden, context))
+        return entering
+
+    def leave(self, entering: Entering) -> Tensor:
+        """Map what enters the lowest trained layer to logits of shape (examples, labels)."""
+        hidden = entering.hidden
         for block in self.layers[self._first_trained :]:
-            hidden = block(hidden)
-        logits: Tensor = self.head(hidden)
+            hidden = block(hidden, *entering.context)
+        logits: Tensor = self.head(hidden, *entering.context)
         return logits
 
     def accumulate(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
+        self, entering: Sequence[Entering], labels: Sequence[Tensor], num_examples: int
     ) -> float:
         """Add the gradient of the mean loss, one micro-batch after the other."""
         total = 0.0
-        for image, label_ids in zip(images, labels, strict=True):
-            logits = self(image.to(self._device))
+        for batch, label_ids in zip(entering, labels, strict=True):
             targets = label_ids.to(self._device)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / num_examples
+            loss = F.cross_entropy(self.leave(batch), targets, reduction="sum") / num_examples
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             total += loss.item()
         return total
-
-    def trained_values(self) -> dict[str, FloatArray]:
-        """Copy the trained tensors out, by global name."""
-        return {
-            name: parameter.detach().cpu().numpy().copy()
-            for name, parameter in self.trained.items()
-        }
-
-    def _mark_trained(self, names: Collection[str], layer_ids: tuple[LayerId, ...]) -> None:
-        for name in sorted(names):
-            key = TensorKey.parse(name)
-            parameter = self._piece(key).get_parameter(key.name)
-            parameter.requires_grad = True
-            self.trained[name] = parameter
-        self._first_trained = min(self.positions.position_of(layer_id) for layer_id in layer_ids)
-
-    def _piece(self, key: TensorKey) -> nn.Module:
-        if key.layer_id is None:
-            return self.head
-        return self.layers[self.positions.position_of(key.layer_id)]

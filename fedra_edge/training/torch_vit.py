@@ -6,8 +6,7 @@ memory than a whole streamed block; tests hold every piece against that library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,21 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from fedra_edge.training.torch_activations import ACTIVATIONS
+from fedra_edge.training.torch_pieces import ResidualBlock
+
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
 Size = Annotated[int, Field(ge=1, le=2**20)]
-
-
-def _tanh_gelu(hidden: Tensor) -> Tensor:
-    return F.gelu(hidden, approximate="tanh")
-
-
-_ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
-    "gelu": F.gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
 
 
 class VitSettings(BaseModel):
@@ -94,23 +83,22 @@ class VitAttention(nn.Module):
 
 
 class VitMlp(nn.Module):
-    """Two linear maps with an activation between them."""
+    """Two linear maps with an activation between them; the block applies the second one."""
 
     def __init__(self, settings: VitSettings) -> None:
         super().__init__()
-        self.activation = _ACTIVATIONS[settings.hidden_act]
+        self.activation = ACTIVATIONS[settings.hidden_act]
         self.fc1 = nn.Linear(settings.hidden_size, settings.intermediate_size)
         self.fc2 = nn.Linear(settings.intermediate_size, settings.hidden_size)
 
     @override
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map (examples, tokens, width) to the same shape."""
-        out: Tensor = self.fc2(self.activation(self.fc1(hidden)))
-        return out
+        """Map (examples, tokens, width) to what enters ``fc2``."""
+        return self.activation(self.fc1(hidden))
 
 
-class VitBlock(nn.Module):
-    """One pre-norm layer (arXiv 2010.11929, equations 2 and 3)."""
+class VitBlock(ResidualBlock):
+    """One pre-norm layer (arXiv 2010.11929, equations 2 and 3), a ``ResidualBlock``."""
 
     def __init__(self, settings: VitSettings) -> None:
         super().__init__()
@@ -120,12 +108,15 @@ class VitBlock(nn.Module):
         self.layernorm_after = nn.LayerNorm(width, eps=eps)
         self.mlp = VitMlp(settings)
 
+    @property
     @override
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map (examples, tokens, width) to the same shape."""
+    def last(self) -> nn.Module:
+        return self.mlp.fc2
+
+    @override
+    def inner(self, hidden: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         hidden = hidden + self.attention(self.layernorm_before(hidden))
-        out: Tensor = hidden + self.mlp(self.layernorm_after(hidden))
-        return out
+        return hidden, self.mlp(self.layernorm_after(hidden))
 
 
 class VitHead(nn.Module):

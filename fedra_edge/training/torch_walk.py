@@ -1,155 +1,162 @@
 """The walk: a training step over a slice with one block's weights in memory at a time.
 
 Forward keeps only what enters each layer from the lowest trained one up; backward goes through
-the layers once more from the last, recomputes each block and pulls the gradient through it. So
-the gradient is that of ordinary autograd over the same slice (Chen et al., arXiv 1604.06174,
-section 3, with one segment per layer), and weights are read from their files twice per step.
+the layers once more from the last, recomputes of each block what its gradient needs and pulls the
+gradient through it. So the gradient is that of ordinary autograd over the same slice (Chen et al.,
+arXiv 1604.06174, section 3, with one segment per layer), and weights are read from their files
+twice per step.
 
 Micro-batches go layer by layer, all of them through one block before the next is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedra_edge.protocol.ids import LayerId
-from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
-from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
+from fedra_edge.training.prefetching import prefetch
 from fedra_edge.training.torch_blocks import (
-    block_state,
     build_block,
     build_head,
     build_stem,
+    fill_block,
     fill_head,
     fill_stem,
+    find_context,
     read_piece,
 )
+from fedra_edge.training.torch_lora import pull_linear
+from fedra_edge.training.torch_pieces import Context
+from fedra_edge.training.torch_pulling import pull
+from fedra_edge.training.torch_slice import Entering
 from fedra_edge.training.trainer import SliceWork
 
 
 class StreamedSlice:
-    """A slice whose frozen weights stay in their files; only trained tensors live in memory."""
+    """A slice whose frozen weights stay in their files; only trained tensors live in memory.
 
-    def __init__(self, work: SliceWork, device: torch.device) -> None:
+    Args:
+        work: The slice's files and adapters.
+        trained: The parameters that gradients go to, as ``trained_parameters`` makes them.
+        device: Where it is computed.
+
+    Raises:
+        SliceError: A piece does not fit the model.
+    """
+
+    def __init__(
+        self, work: SliceWork, trained: Mapping[str, nn.Parameter], device: torch.device
+    ) -> None:
         self._work = work
+        self._trained = trained
         self._device = device
-        self._weights: Mapping[str, Path] = work.weights
-        self._layer_ids = work.manifest.layer_ids
         self._block = build_block(work.spec, work.manifest.adapter)
         self._stem = build_stem(work.spec)
         self._head = build_head(work.spec)
-        fill_head(self._head, self._read(HEAD), work.adapters, device)
-        self.trained: dict[str, nn.Parameter] = {}
-        self._adapters = self._live_adapters()
-        self._mark_head()
-        self._first_trained = self._layer_ids.index(min(work.manifest.trained_layer_ids))
-
-    def accumulate(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], num_examples: int
-    ) -> float:
-        """Add the gradient of the mean loss, all micro-batches layer by layer."""
-        kept = self._forward(images)
-        loss, gradients = self._turn(kept.pop(), labels, num_examples)
-        self._backward(kept, gradients)
-        return loss
-
-    def trained_values(self) -> dict[str, FloatArray]:
-        """Copy the trained tensors out, by global name."""
-        return {
-            name: parameter.detach().cpu().numpy().copy()
-            for name, parameter in self.trained.items()
-        }
+        fill_head(self._head, self._read(HEAD), work.adapters, trained)
+        layer_ids = work.manifest.layer_ids
+        first_trained = layer_ids.index(work.manifest.trained_layer_ids[0])
+        self._prefix, self._suffix = layer_ids[:first_trained], layer_ids[first_trained:]
 
     @torch.no_grad()
-    def _forward(self, images: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Give, per layer from the lowest trained one up, what enters it."""
+    def enter(self, inputs: Iterable[Tensor]) -> list[Entering]:
+        """Bring micro-batches to the lowest trained layer, all through one block at a time."""
         fill_stem(self._stem, self._read(STEM))
-        hidden = [self._stem(image.to(self._device)) for image in images]
-        kept: list[list[Tensor]] = []
-        for position, layer_id in enumerate(self._layer_ids[:-1]):
-            if position >= self._first_trained:
-                kept.append(list(hidden))
-            state = self._state(layer_id)
-            for index, entering in enumerate(hidden):
-                hidden[index] = functional_call(self._block, state, (entering,))
-        kept.append(hidden)
-        return kept
+        self._prefetch((*self._prefix, self._suffix[0])[0])
+        contexts, hidden = [], []
+        for batch in inputs:
+            on_device = batch.to(self._device)
+            contexts.append(find_context(self._work.spec, on_device))
+            hidden.append(self._stem(on_device))
+        for layer_id, following in pairwise((*self._prefix, self._suffix[0])):
+            self._pass(layer_id, following, hidden, contexts)
+        return [Entering(*pair) for pair in zip(hidden, contexts, strict=True)]
+
+    def accumulate(
+        self, entering: Sequence[Entering], labels: Sequence[Tensor], num_examples: int
+    ) -> float:
+        """Add the gradient of the mean loss, all micro-batches layer by layer."""
+        contexts = [batch.context for batch in entering]
+        kept = self._forward([batch.hidden for batch in entering], contexts)
+        loss, gradients = self._turn(kept.pop(), contexts, labels, num_examples)
+        self._backward(kept, contexts, gradients)
+        return loss
+
+    @torch.no_grad()
+    def _forward(self, hidden: list[Tensor], contexts: Sequence[Context]) -> list[list[Tensor]]:
+        """Give, per layer from the lowest trained one up, what enters it."""
+        kept = []
+        for layer_id, following in pairwise(self._suffix):
+            kept.append(list(hidden))
+            self._pass(layer_id, following, hidden, contexts)
+        return [*kept, hidden]
 
     def _turn(
-        self, entering: list[Tensor], labels: Sequence[Tensor], num_examples: int
+        self,
+        entering: Sequence[Tensor],
+        contexts: Sequence[Context],
+        labels: Sequence[Tensor],
+        num_examples: int,
     ) -> tuple[float, list[Tensor]]:
         """Go through the last layer and the head and straight back, without a recomputation."""
-        state = self._state(self._layer_ids[-1])
+        below = self._suffix[:-1]
+        self._load(self._suffix[-1], below[-1] if below else None)
         total, gradients = 0.0, []
-        is_needed_below = self._first_trained < len(self._layer_ids) - 1
-        for hidden, label_ids in zip(entering, labels, strict=True):
-            hidden.requires_grad_(is_needed_below)
-            logits = self._head(functional_call(self._block, state, (hidden,)))
+        for start, context, label_ids in zip(entering, contexts, labels, strict=True):
+            hidden = start.detach().requires_grad_(bool(below))
+            logits = self._head(self._block(hidden, *context), *context)
             targets = label_ids.to(self._device)
             loss = F.cross_entropy(logits, targets, reduction="sum") / num_examples
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             total += loss.item()
-            if is_needed_below:
-                gradients.append(_taken(hidden))
+            if hidden.grad is not None:
+                gradients.append(hidden.grad)
         return total, gradients
 
-    def _backward(self, kept: list[list[Tensor]], gradients: list[Tensor]) -> None:
+    def _backward(
+        self, kept: list[list[Tensor]], contexts: Sequence[Context], gradients: list[Tensor]
+    ) -> None:
         """Pull the gradients down to the lowest trained layer, which needs none below it."""
-        for layer_id in reversed(self._layer_ids[self._first_trained : -1]):
-            state = self._state(layer_id)
+        descending = self._suffix[-2::-1]
+        for layer_id, following in zip_longest(descending, descending[1:]):
+            self._load(layer_id, following)
             entering = kept.pop()
-            for index, hidden in enumerate(entering):
-                hidden.requires_grad_(bool(kept))
-                output = functional_call(self._block, state, (hidden,))
-                _pull(output, gradients[index])
-                if kept:
-                    gradients[index] = _taken(hidden)
+            for index, context in enumerate(contexts):
+                hidden = entering[index].detach().requires_grad_(bool(kept))
+                residual, inside = self._block.inner(hidden, *context)
+                gradient = gradients[index]
+                pulled = pull_linear(self._block.last, inside.detach(), gradient)
+                pull((residual, inside), (gradient, pulled))
+                if hidden.grad is not None:
+                    gradients[index] = hidden.grad
 
-    def _live_adapters(self) -> dict[LayerId, dict[str, Tensor]]:
-        """Put the adapters of every layer of the slice into memory, trained ones as parameters."""
-        manifest = self._work.manifest
-        live: dict[LayerId, dict[str, Tensor]] = {}
-        for layer_id in manifest.layer_ids:
-            held = live[layer_id] = {}
-            for name in self._work.spec.layer_adapter_shapes(manifest.adapter, layer_id):
-                held[name] = torch.tensor(self._work.adapters[name], device=self._device)
-                if layer_id in manifest.trained_layer_ids:
-                    held[name] = self.trained[name] = nn.Parameter(held[name])
-        return live
+    def _pass(
+        self,
+        layer_id: LayerId,
+        following: LayerId,
+        hidden: list[Tensor],
+        contexts: Sequence[Context],
+    ) -> None:
+        """Send every micro-batch through a layer, in place of what entered it."""
+        self._load(layer_id, following)
+        for index, context in enumerate(contexts):
+            hidden[index] = self._block(hidden[index], *context)
 
-    def _mark_head(self) -> None:
-        for name in self._work.spec.head_shapes():
-            parameter = self._head.get_parameter(TensorKey.parse(name).name)
-            parameter.requires_grad = True
-            self.trained[name] = parameter
-
-    def _state(self, layer_id: LayerId) -> dict[str, Tensor]:
-        """Give a layer's weights, still in their file, and its adapters."""
+    def _load(self, layer_id: LayerId, following: LayerId | None) -> None:
+        """Put a layer's weights, still in their file, into the block in place of the last ones."""
         weights = self._read(layer_piece(layer_id))
-        return block_state(self._block, weights, self._adapters[layer_id], layer_id)
+        fill_block(self._block, weights, self._work.adapters, layer_id, self._trained)
+        if following is not None:
+            self._prefetch(following)
+
+    def _prefetch(self, layer_id: LayerId) -> None:
+        prefetch(self._work.weights[layer_piece(layer_id)])
 
     def _read(self, piece: str) -> dict[str, Tensor]:
-        return read_piece(self._weights[piece], self._device)
-
-
-def _pull(output: Tensor, gradient: Tensor) -> None:
-    """Pull a gradient back through what made the output.
-
-    ``Tensor.backward(gradient)`` would do, but imports PyTorch's symbolic shapes, some 40 MB.
-    """
-    torch.sum(output * gradient).backward()  # type: ignore[no-untyped-call]  # unannotated
-
-
-def _taken(hidden: Tensor) -> Tensor:
-    """Take the gradient out of a boundary activation and let go of the activation."""
-    gradient = hidden.grad
-    if gradient is None:
-        raise RuntimeError("no gradient reached a boundary activation")
-    hidden.grad = None
-    return gradient
+        return read_piece(self._work.weights[piece], self._device)

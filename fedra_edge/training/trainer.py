@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedra_edge.protocol.devices import Backend
+from numpy.typing import NDArray
+
+from fedra_edge.protocol.devices import Backend, BlockMemory
+from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import SliceManifest
-from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.protocol.tensors import FloatArray, TensorInfo
 
 if TYPE_CHECKING:  # reading data loads an image library, which a trainer's users may not need
     from fedra_edge.data.matching import MatchedDataset
@@ -18,8 +21,14 @@ if TYPE_CHECKING:  # reading data loads an image library, which a trainer's user
 OnStep = Callable[[int, int, float], None]
 """Called after each optimizer step with steps done, steps in all, and the step's mean loss."""
 
+InputArray = NDArray[Any]
+"""One example as a model eats it, for example (channels, size, size) of an image."""
+
 ShouldStop = Callable[[], bool]
 """Asked between steps; true ends the work early."""
+
+UsableMemory = Callable[[], int]
+"""Measures what the whole process may occupy now, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,48 @@ class SliceWork:
     adapters: Mapping[str, FloatArray]
 
 
+class MemoryGuard(Protocol):
+    """Keeps a slice within the memory there is at the moment."""
+
+    def fitting(self, plan: MemoryPlan, /) -> MemoryPlan:
+        """Give the plan itself when it still fits, else the fastest smaller one that does.
+
+        Raises:
+            MemoryShortError: Not even the smallest one fits.
+        """
+        ...
+
+    def smaller(self, plan: MemoryPlan, /) -> MemoryPlan:
+        """Give the next smaller plan, for when the memory of this one could not be had.
+
+        Raises:
+            MemoryShortError: There is none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where and how training goes on: whom to tell, when to stop, what it may occupy.
+
+    ``scratch`` is a directory that outputs of frozen layers may be kept in while training, up to
+    ``scratch_bytes``.
+    """
+
+    on_step: OnStep
+    should_stop: ShouldStop
+    guard: MemoryGuard
+    scratch: Path
+    scratch_bytes: int
+
+
 @dataclass(frozen=True)
 class TrainedSlice:
     """Trained values of exactly the assigned layers' adapters and the head, by global name.
 
     ``num_examples`` counts the local examples that this training has drawn, each once: fewer
     than there are when its steps end within the first epoch. Losses are means per example of
-    the first and the last step.
+    the first and the last step. ``plan`` is how it ended up being worked through.
     """
 
     adapters: Mapping[str, FloatArray]
@@ -51,6 +95,18 @@ class TrainedSlice:
     first_loss: float
     last_loss: float
     train_s: float
+    plan: MemoryPlan
+
+
+@dataclass(frozen=True)
+class PieceFile:
+    """Where a piece's frozen weights are: a file of its own, or tensors in a larger one.
+
+    ``tensors`` says, by name inside the piece, where in the file they lie; None is all of it.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +115,7 @@ class WholeModel:
 
     spec: ModelSpec
     adapter: AdapterSpec
-    weights: Mapping[str, Path]
+    weights: Mapping[str, PieceFile]
     adapters: Mapping[str, FloatArray]
 
 
@@ -73,11 +129,12 @@ class EvaluationCounts:
 
 
 @dataclass(frozen=True)
-class BlockTiming:
-    """Measured time of one block, per example."""
+class BlockCost:
+    """Measured cost of one block on this machine; times are per example."""
 
     forward_s: float
     backward_s: float
+    memory: BlockMemory
 
 
 class Trainer(Protocol):
@@ -88,28 +145,53 @@ class Trainer(Protocol):
         """The framework underneath."""
         ...
 
-    def calibrate(self, spec: ModelSpec) -> BlockTiming:
-        """Time one block of the model with random weights, within about a second."""
+    def calibrate(self, spec: ModelSpec) -> BlockCost:
+        """Measure one block of the model with random weights, within a few seconds."""
         ...
 
     def train(
-        self, work: SliceWork, data: MatchedDataset, on_step: OnStep, should_stop: ShouldStop
+        self, work: SliceWork, data: MatchedDataset, surroundings: Surroundings
     ) -> TrainedSlice:
         """Train the assigned layers' adapters and the head on the training examples.
 
         Raises:
             TrainingInterrupted: ``should_stop`` said so.
             SliceError: The pieces do not fit the model.
+            MemoryShortError: Not even the smallest plan fits the memory there is.
         """
         ...
 
     def evaluate(
-        self, model: WholeModel, data: MatchedDataset, should_stop: ShouldStop
+        self,
+        model: WholeModel,
+        data: MatchedDataset,
+        should_stop: ShouldStop,
+        usable_memory: UsableMemory,
     ) -> EvaluationCounts:
         """Count right answers on the held-out examples, with one block in memory at a time.
 
         Raises:
             TrainingInterrupted: ``should_stop`` said so.
             SliceError: The pieces do not fit the model.
+            MemoryShortError: Memory does not even suffice for one example.
+        """
+        ...
+
+    def predict(
+        self,
+        model: WholeModel,
+        inputs: Iterable[InputArray],
+        should_stop: ShouldStop,
+        usable_memory: UsableMemory,
+    ) -> Iterator[FloatArray]:
+        """Yield every label's probability for each input in order, with one block in memory.
+
+        Inputs are single examples as the model eats them. They are taken as they are needed,
+        a good many before the first result.
+
+        Raises:
+            TrainingInterrupted: ``should_stop`` said so.
+            SliceError: The pieces do not fit the model.
+            MemoryShortError: Memory does not even suffice for one example.
         """
         ...

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 from pydantic import JsonValue
 
-from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.models import MAX_TOKENS, ModelSpec, TokenInput
 from fedra_server.cli.names import checked_name
 from fedra_server.cli.output import format_bytes, tell_json, tell_table
 from fedra_server.cli.workplace import (
@@ -23,6 +23,7 @@ from fedra_server.cli.workplace import (
 )
 from fedra_server.errors import ConfigurationError, ConflictError
 from fedra_server.modelbook.comparing import check_directory, surely_differs
+from fedra_server.modelbook.stored_dtypes import WeightsDtype, stored_dtype
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import ModelRecord
 
@@ -33,25 +34,38 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _FRAMEWORKS: Final = ("torch", "transformers")
+WeightsDtypeOption = Annotated[
+    WeightsDtype,
+    typer.Option(help="How frozen weights are stored and served; 16 bits take half the space."),
+]
+
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_TOKENS, help="Where texts are cut; 512 or the model's own limit."),
+]
 
 
 @app.command(epilog=example("model add vit ./vit-base"))
 def add(
     name: Annotated[str, typer.Argument(help="What to call it.")],
     path: Annotated[Path, typer.Argument(help="Directory of a saved transformers model.")],
+    weights_dtype: WeightsDtypeOption = "float32",
+    max_tokens: MaxTokensOption = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
     """Split a model into pieces, measure them and register it. Needs torch."""
     checked_name(name)
     with open_workplace(home) as place:
-        _refuse_early(path, name, place)
-        spec = _register(path, name, place.blobs)
+        _refuse_early(path, name, weights_dtype, place)
+        spec = _register(path, name, weights_dtype, max_tokens, place.blobs)
         record = place.store.add_model(spec, time.time())
+        summary = _summary(record, place.blobs)
     if as_json:
-        tell_json(_summary(record))
+        tell_json(summary)
     else:
-        typer.echo(f"Registered {name}: {spec.num_layers} layers, {_size(spec)}")
+        size = f"{_size(spec)} in {weights_dtype}"
+        typer.echo(f"Registered {name}: {spec.num_layers} layers, {size}")
 
 
 @app.command("list", epilog=example("model list --json"))
@@ -59,11 +73,12 @@ def list_models(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) ->
     """List the registered models."""
     with open_workplace(home) as place:
         records = place.store.models()
+        summaries = [_summary(record, place.blobs) for record in records]
     if as_json:
-        tell_json({"models": [_summary(record) for record in records]})
+        tell_json({"models": [*summaries]})
         return
     tell_table(
-        ["NAME", "FAMILY", "LAYERS", "LABELS", "SIZE", "MODEL ID"],
+        ["NAME", "FAMILY", "LAYERS", "LABELS", "SIZE", "DTYPE", "MODEL ID"],
         [
             [
                 record.spec.name,
@@ -71,33 +86,58 @@ def list_models(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) ->
                 record.spec.num_layers,
                 len(record.spec.labels),
                 _size(record.spec),
+                summary["weights_dtype"] or "unreadable",
                 record.model_id[:12],
             ]
-            for record in records
+            for record, summary in zip(records, summaries, strict=True)
         ],
         empty="No models yet; add one with `fedra-server model add NAME PATH`.",
     )
 
 
-def _refuse_early(path: Path, name: str, place: Workplace) -> None:
+@app.command(epilog=example("model show vit"))
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what a registered model is and how its weights are stored."""
+    with open_workplace(home) as place:
+        record = place.store.model_by_name(name)
+        summary = _summary(record, place.blobs)
+    if as_json:
+        tell_json(summary)
+        return
+    spec = record.spec
+    typer.echo(f"Model {name}: {spec.family}, {spec.num_layers} layers, {len(spec.labels)} labels")
+    typer.echo(f"Reads: {_read_by(spec)}")
+    typer.echo(f"Weights: {_size(spec)} in {summary['weights_dtype'] or 'unreadable files'}")
+    typer.echo(f"Adapted by default: {', '.join(spec.default_targets)}")
+    typer.echo(f"Model id: {record.model_id}")
+
+
+def _refuse_early(path: Path, name: str, weights_dtype: WeightsDtype, place: Workplace) -> None:
     """Refuse what cannot work before the seconds that importing a framework takes."""
     for framework in _FRAMEWORKS:
         if find_spec(framework) is None:
             raise _missing(framework)
     check_directory(path)
     for known in place.store.models():
-        if known.spec.name == name and surely_differs(path, known.spec, place.blobs):
+        if known.spec.name == name and surely_differs(path, weights_dtype, known.spec, place.blobs):
             raise ConflictError(
-                f"a model named {name!r} is registered already, and {path} differs from it",
+                f"a model named {name!r} is registered already, "
+                f"and {path} in {weights_dtype} differs from it",
                 remedy="Choose another name.",
             )
 
 
-def _register(path: Path, name: str, blobs: BlobStore) -> ModelSpec:
+def _register(
+    path: Path, name: str, weights_dtype: WeightsDtype, max_tokens: int | None, blobs: BlobStore
+) -> ModelSpec:
     try:
         from fedra_server.modelbook.registering import register_model
 
-        return register_model(path, name, blobs)
+        return register_model(path, name, blobs, weights_dtype, max_tokens=max_tokens)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fedra"):
             raise
@@ -110,7 +150,7 @@ def _missing(module: str | None) -> ConfigurationError:
     )
 
 
-def _summary(record: ModelRecord) -> JsonValue:
+def _summary(record: ModelRecord, blobs: BlobStore) -> dict[str, JsonValue]:
     return {
         "name": record.spec.name,
         "model_id": record.model_id,
@@ -119,8 +159,15 @@ def _summary(record: ModelRecord) -> JsonValue:
         "labels": list(record.spec.labels),
         "default_targets": list(record.spec.default_targets),
         "weight_bytes": _weight_bytes(record.spec),
+        "weights_dtype": stored_dtype(record.spec, blobs),
         "added_at": record.added_at,
     }
+
+
+def _read_by(spec: ModelSpec) -> str:
+    if isinstance(spec.input, TokenInput):
+        return f"texts of up to {spec.input.max_tokens} tokens"
+    return f"images of {spec.input.size_px} x {spec.input.size_px} pixels"
 
 
 def _size(spec: ModelSpec) -> str:

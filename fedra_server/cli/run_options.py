@@ -8,12 +8,13 @@ from typing import Annotated, Any, Final, Literal
 import typer
 from pydantic import BaseModel, ValidationError
 
+from fedra_edge.protocol.fitting import DepthPolicy
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import TrainingSpec
 from fedra_server.cli.names import usage_error
 from fedra_server.errors import ConfigurationError
-from fedra_server.runs import AllocationScheme, DepthPolicy, MergeWeighting, RunSpec
+from fedra_server.runs import AllocationScheme, MergeWeighting, RunSpec
 
 DEFAULT_RUN: Final = RunSpec(adapter=AdapterSpec(targets=()))
 DEFAULT_ADAPTER: Final = DEFAULT_RUN.adapter

@@ -8,6 +8,7 @@ from typing import Final
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.tensors import MalformedTensorsError, read_header, read_tensor
 from fedra_server.errors import ConfigurationError
+from fedra_server.modelbook.stored_dtypes import WeightsDtype, stored_dtype
 from fedra_server.storage.blobs import BlobStore
 
 _SINGLE_FILE: Final = "model.safetensors"
@@ -27,12 +28,17 @@ def check_directory(directory: Path) -> None:
         raise ConfigurationError(f"{directory} has no config.json", remedy=remedy)
 
 
-def surely_differs(directory: Path, known: ModelSpec, blobs: BlobStore) -> bool:
-    """Tell whether a saved model has not the head of a registered one, tensor by tensor.
+def surely_differs(
+    directory: Path, weights_dtype: WeightsDtype, known: ModelSpec, blobs: BlobStore
+) -> bool:
+    """Tell whether a saved model would not become a registered one.
 
-    False when they may be the same: the heads agree, or the file is one that only
-    transformers can read.
+    Its weights would be stored in another dtype, or its head is another one in some tensor
+    that is stored unrounded. False when they may be the same: they agree in both, or the file
+    is one that only transformers can read.
     """
+    if stored_dtype(known, blobs) not in {weights_dtype, None}:
+        return True
     path = directory / _SINGLE_FILE
     head = blobs.path(known.head.weights.sha256)
     if not path.is_file() or not head.is_file():
@@ -41,7 +47,8 @@ def surely_differs(directory: Path, known: ModelSpec, blobs: BlobStore) -> bool:
         saved = read_header(path)
         if any(info.dtype != _FLOAT32 for info in saved.values()):
             return False
-        for info in read_header(head).values():
+        unrounded = (info for info in read_header(head).values() if info.dtype == _FLOAT32)
+        for info in unrounded:
             wanted = read_tensor(head, info).tobytes()
             same_shape = [it for it in saved.values() if it.shape == info.shape]
             if all(read_tensor(path, it).tobytes() != wanted for it in same_shape):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from fedra_edge.protocol.families import Family
-from fedra_edge.protocol.models import AdapterSpec, ImageInput
+from fedra_edge.protocol.models import AdapterSpec, ModelInput, TokenInput
 from fedra_server.modelbook.splitting import count_layers
 
 Stage = Literal["stem", "layer", "between", "head"]
@@ -37,12 +38,16 @@ class StageCost:
     forward_flops: int
 
 
-def measure_costs(model: nn.Module, family: Family, wanted: ImageInput) -> dict[Stage, StageCost]:
+def measure_costs(
+    model: PreTrainedModel, family: Family, wanted: ModelInput
+) -> dict[Stage, StageCost]:
     """Run the model once for operations and once for activations.
 
     Attaches adapters to the model and changes which of its parameters are trained, so the model
     should not be used afterwards. Layers share one structure; the first one stands for all.
     """
+    if isinstance(wanted, TokenInput):
+        model.config.pad_token_id = 0  # without one it takes a single text at a time
     flops = _count_flops(model, family, wanted)
     _attach_adapters(model, family)
     activations, boundaries = _weigh_activations(model, family, wanted)
@@ -110,7 +115,7 @@ class _Stages:
 
 
 def _weigh_activations(
-    model: nn.Module, family: Family, wanted: ImageInput
+    model: nn.Module, family: Family, wanted: ModelInput
 ) -> tuple[dict[Stage, int], dict[Stage, int]]:
     """Add up the distinct storages autograd keeps in each stage, parameters left out."""
     stages = _Stages()
@@ -124,7 +129,7 @@ def _weigh_activations(
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with stages.following(model, family), hooks:
-        logits: Tensor = model(_images(wanted, _EXAMPLES)).logits
+        logits: Tensor = model(**_inputs(wanted, _EXAMPLES)).logits
         F.cross_entropy(logits, torch.zeros(_EXAMPLES, dtype=torch.int64))
     stages.boundaries["head"] = logits.nbytes
     sizes = {
@@ -134,7 +139,7 @@ def _weigh_activations(
     return sizes, stages.boundaries
 
 
-def _count_flops(model: nn.Module, family: Family, wanted: ImageInput) -> dict[Stage, int]:
+def _count_flops(model: nn.Module, family: Family, wanted: ModelInput) -> dict[Stage, int]:
     stages = _Stages()
     flops: dict[Stage, int] = {"stem": 0, "layer": 0, "between": 0, "head": 0}
     counter = FlopCounterMode(display=False)
@@ -147,13 +152,17 @@ def _count_flops(model: nn.Module, family: Family, wanted: ImageInput) -> dict[S
     stages.on_change = charge
     # The plain attention kernel is the one whose operations are counted on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, stages.following(model, family):
-        model(_images(wanted, 1))
+        model(**_inputs(wanted, 1))
         charge()
     return flops
 
 
-def _images(wanted: ImageInput, examples: int) -> Tensor:
-    return torch.zeros(examples, wanted.channels, wanted.size_px, wanted.size_px)
+def _inputs(wanted: ModelInput, examples: int) -> dict[str, Tensor | bool]:
+    """Make the largest inputs there are, by the names of transformers."""
+    if isinstance(wanted, TokenInput):
+        tokens = torch.zeros(examples, wanted.max_tokens, dtype=torch.int64)
+        return {"input_ids": tokens, "use_cache": False}
+    return {"pixel_values": torch.zeros(examples, wanted.channels, wanted.size_px, wanted.size_px)}
 
 
 def _storage_of(tensor: Tensor) -> int:

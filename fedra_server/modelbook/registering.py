@@ -9,38 +9,51 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from fedra_edge.protocol.families import Family
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.protocol.models import ImageInput, ModelSpec, Piece, PieceCost
-from fedra_edge.protocol.tensors import serialize_tensors
+from fedra_edge.protocol.models import ModelSpec, Piece, PieceCost
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.costing import Stage, StageCost, measure_costs
-from fedra_server.modelbook.loading import find_family, load_model, read_json
+from fedra_server.modelbook.inputs import find_input
+from fedra_server.modelbook.loading import find_family, load_model
+from fedra_server.modelbook.packing import pack_piece
 from fedra_server.modelbook.splitting import Arrays, linear_shapes, split_model
+from fedra_server.modelbook.stored_dtypes import WeightsDtype
 from fedra_server.storage.blobs import BlobStore
 
 _VOLATILE: Final = ("_name_or_path", "transformers_version")
-_BYTE_SCALE: Final = 1 / 255
-_SCALE_TOLERANCE: Final = 1e-6
 
 
-def register_model(path: Path, name: str, blobs: BlobStore) -> ModelSpec:
+def register_model(
+    path: Path,
+    name: str,
+    blobs: BlobStore,
+    weights_dtype: WeightsDtype = "float32",
+    *,
+    max_tokens: int | None = None,
+) -> ModelSpec:
     """Cut the model in a Hugging Face directory into pieces and put them into the blob store.
 
-    The same directory always gives the same ModelSpec on the same machine.
+    Frozen weights are stored in ``weights_dtype``; the head's trained tensors, which a run
+    starts from, in float32. A model that reads texts gets at most ``max_tokens`` of each; None
+    means ``DEFAULT_MAX_TOKENS``, or fewer where it has fewer positions. The same directory always
+    gives the same ModelSpec on the same machine, and another one for each dtype.
 
     Raises:
-        ConfigurationError: The directory holds no model that we can cut.
+        ConfigurationError: The directory holds no model that we can cut, or a weight does not
+            fit into the dtype.
         StorageError: The blob store refused a piece.
     """
     family = find_family(path)
     model = load_model(path, family)
     config = _plain_config(model.config.to_dict())
     labels = _labels({int(key): label for key, label in (model.config.id2label or {}).items()})
-    wanted = _image_input(path, config)
+    wanted = find_input(path, config, family, blobs, max_tokens)
     pieces = split_model(model, family)
     block_linears = linear_shapes(model, family)
-    stored = _store(pieces, measure_costs(model, family, wanted), blobs)
+    costs = measure_costs(model, family, wanted)
+    stored = _store(pieces, costs, blobs, family, weights_dtype)
     head_parameters = {key: pieces[HEAD][key].shape for key in family.head_parameters}
     try:
         return ModelSpec(
@@ -61,13 +74,18 @@ def register_model(path: Path, name: str, blobs: BlobStore) -> ModelSpec:
 
 
 def _store(
-    pieces: Mapping[str, Arrays], costs: Mapping[Stage, StageCost], blobs: BlobStore
+    pieces: Mapping[str, Arrays],
+    costs: Mapping[Stage, StageCost],
+    blobs: BlobStore,
+    family: Family,
+    weights_dtype: WeightsDtype,
 ) -> dict[str, Piece]:
     stored = {}
     for piece, arrays in pieces.items():
         cost = costs[_stage_of(piece)]
+        trained = family.head_parameters if piece == HEAD else ()
         stored[piece] = Piece(
-            weights=blobs.put_bytes(serialize_tensors(arrays)),
+            weights=blobs.put_bytes(pack_piece(arrays, weights_dtype, trained)),
             cost=PieceCost(
                 parameter_bytes=sum(array.nbytes for array in arrays.values()),
                 activation_bytes=cost.activation_bytes,
@@ -90,7 +108,7 @@ def _layers(stored: Mapping[str, Piece]) -> tuple[Piece, ...]:
 
 
 def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what defines the architecture, and say float32, which is what the pieces are."""
+    """Keep what defines the architecture, and say float32, which is what it computes in."""
     plain = {key: value for key, value in config.items() if key not in _VOLATILE}
     loaded: dict[str, Any] = json.loads(json.dumps(plain | {"dtype": "float32"}))
     return loaded
@@ -101,31 +119,3 @@ def _labels(id2label: Mapping[int, str]) -> tuple[str, ...]:
     if sorted(id2label) != list(range(len(labels))) or len(set(labels)) != len(labels):
         raise ConfigurationError("id2label must number distinct labels from 0 without a gap")
     return labels
-
-
-def _image_input(directory: Path, config: Mapping[str, Any]) -> ImageInput:
-    """Size and channels are the model's own; mean and std come with its preprocessor."""
-    size_px, channels = config["image_size"], config["num_channels"]
-    if not isinstance(size_px, int):
-        raise ConfigurationError(f"images must be square, not {size_px}")
-    path = directory / "preprocessor_config.json"
-    stated = read_json(path) if path.is_file() else {}
-    if abs(stated.get("rescale_factor", _BYTE_SCALE) - _BYTE_SCALE) > _SCALE_TOLERANCE:
-        raise ConfigurationError(f"{path}: rescale_factor must be 1/255")
-    mean, std = _normalisation(stated, channels)
-    try:
-        return ImageInput(size_px=size_px, channels=channels, mean=mean, std=std)
-    except ValidationError as error:
-        raise ConfigurationError(f"the model's input is not supported: {error}") from error
-
-
-def _normalisation(
-    stated: Mapping[str, Any], channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if not stated.get("do_normalize", True):
-        return (0.0,) * channels, (1.0,) * channels
-    mean = tuple(stated.get("image_mean") or (0.5,) * channels)
-    std = tuple(stated.get("image_std") or (0.5,) * channels)
-    if len(mean) != channels or len(std) != channels:
-        raise ConfigurationError(f"image_mean and image_std must have {channels} values")
-    return mean, std

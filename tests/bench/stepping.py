@@ -75,8 +75,11 @@ def _plain_step() -> Callable[[], None]:
 def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
     import torch
 
+    from fedra_edge.protocol.footprint import MemoryPlan
     from fedra_edge.training.torch_optimizers import build_optimizer
-    from fedra_edge.training.torch_trainer import load_slice
+    from fedra_edge.training.torch_slice import trained_parameters
+    from fedra_edge.training.torch_trainer import TorchTrainer
+    from fedra_edge.training.torch_training import load_slice
 
     is_reduced = way.startswith("reduced")
     trained = [0, 4, 8, 11] if is_reduced else list(range(12))
@@ -86,15 +89,17 @@ def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
         "streamed" if way == "streamed" else "resident",
         micro_batch,
     )
-    loaded = load_slice(work, torch.device("cpu"))
-    optimizer = build_optimizer(work.manifest.training, loaded.trained.values())
+    device = torch.device("cpu")
+    TorchTrainer(device)
+    parameters = trained_parameters(work, device)
+    loaded = load_slice(work, MemoryPlan.of(work.manifest), parameters, device)
+    optimizer = build_optimizer(work.manifest.training, parameters.values())
     images = torch.randn(vit_base.BATCH_SIZE, 3, 224, 224)
     labels = torch.zeros(vit_base.BATCH_SIZE, dtype=torch.long)
 
     def step() -> None:
-        loaded.accumulate(
-            torch.split(images, micro_batch), torch.split(labels, micro_batch), len(images)
-        )
+        entering = loaded.enter(torch.split(images, micro_batch))
+        loaded.accumulate(entering, torch.split(labels, micro_batch), len(images))
         optimizer.step()
 
     return step
@@ -103,14 +108,15 @@ def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
 def _serve(way: str, micro_batch: int) -> None:
     import time
 
-    from fedra_edge.profiling import peak_memory_bytes
+    from fedra_edge.memory_meter import measured_peak
 
-    step = _plain_step() if way == "plain" else _slice_step(way, micro_batch)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        step()
-        told = [time.perf_counter() - started, peak_memory_bytes()]
-        print(json.dumps(told), flush=True)  # noqa: T201 - the answer
+    with measured_peak() as meter:
+        step = _plain_step() if way == "plain" else _slice_step(way, micro_batch)
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            step()
+            told = [time.perf_counter() - started, meter.peak_bytes]
+            print(json.dumps(told), flush=True)  # noqa: T201 - the answer
 
 
 if __name__ == "__main__":

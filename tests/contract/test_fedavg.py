@@ -27,6 +27,7 @@ from fedra_server.merging import Contributor
 from fedra_server.publishing import Contribution, merged_revision
 from fedra_server.storage.records import RevisionRecord
 from tests.support.builders import make_run_spec
+from tests.support.surroundings import room_for
 from tests.support.tiny_vit import (
     ADAPTER,
     NUM_LAYERS,
@@ -68,7 +69,7 @@ def our_run(tiny: TinyVit, directory: Path, residency: Residency) -> Mapping[str
             )  # fmt: skip
             work = materialize(manifest, tiny.spec, tiny.files)
             trained = TorchTrainer(torch.device("cpu")).train(
-                work, local_data(client), lambda *_: None, lambda: False
+                work, local_data(client), room_for(work)
             )
             path = directory / f"{round_number}-{client}.safetensors"
             path.write_bytes(pack_delta(compute_delta(work.adapters, trained.adapters)))

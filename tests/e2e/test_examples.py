@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedra_server.exporting import export_revision
 from sdk_examples.demo.following import Standing
 from sdk_examples.demo.pretraining import Pretraining, Stage, pretrained_model
 from sdk_examples.demo.processes import run_command
@@ -20,7 +21,7 @@ from sdk_examples.demo.running import Workplace, run_cohort
 from sdk_examples.demo.sites import make_sites
 from tests.support.federation import Federation, running_federation
 from tests.support.sites import draw_image, write_folder
-from tests.support.tiny_vit import LABELS, build_vit
+from tests.support.tiny_vit import ADAPTER, LABELS, TinyVit, build_vit
 
 pytestmark = pytest.mark.e2e
 
@@ -85,6 +86,18 @@ def test_plant_program_keeps_its_control_loop(federation: Federation, tmp_path: 
     assert int(found[1]) > 50
     assert int(found[2]) < 2000
     assert f"client stopped, {ROUNDS} rounds contributed" in told
+
+
+def test_a_tuned_model_predicts_inside_a_program(tmp_path: Path) -> None:
+    tiny = TinyVit.register(tmp_path)
+    export_revision(tiny.spec, ADAPTER, tiny.revision, tiny.blobs, tmp_path / "export")
+    data = write_folder(tmp_path / "data", seed=3)
+    (tmp_path / "data" / "broken.png").write_bytes(b"no image")
+    *told, skipped = run_example("predict.py", tmp_path / "export", data.path).splitlines()
+    assert len(told) == len(list(data.path.rglob("*.png"))) - 1
+    assert all(re.fullmatch(rf"\S+\.png: ({'|'.join(LABELS)}) \(\d+%\).*", line) for line in told)
+    assert any("for a person to check" in line for line in told)
+    assert skipped == "skipped: unreadable image: 1 (broken.png)"
 
 
 def test_a_cohort_runs_on_one_machine(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     second_site = [word.replace("plant-7", "plant-8") for word in join]
     desk.start([*second_site, "--home", "second-home"])
 
-    status, export, evaluate = commands(2)
+    status, export, evaluate, predict = commands(2)
 
     def is_over() -> bool:
         return bool(json.loads(desk.run([*status, "--json"]))["state"] == "finished")
@@ -112,6 +112,9 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     desk.run(export)
     counts = json.loads(desk.run([*evaluate, "--json"]))
     assert counts["num_correct"] > counts["num_examples"] / 3
+    desk.run(predict)
+    rows = (desk.path / "told.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + len(list((desk.path / "images").rglob("*.png")))
 
 
 def test_the_python_of_the_readme_runs(desk: Desk) -> None:

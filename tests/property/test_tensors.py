@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fedra_edge.protocol.tensors import (
     MAX_HEADER_BYTES,
     MalformedTensorsError,
     iterate_chunks,
+    iterate_float32,
     read_header,
     read_tensors,
     serialize_tensors,
@@ -118,3 +122,49 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 def test_header_lies_are_named(tmp_path: Path, data: bytes, reason: str) -> None:
     with pytest.raises(MalformedTensorsError, match=reason):
         read_header(stored(tmp_path, data))
+
+
+def every_half(dtype: torch.dtype) -> torch.Tensor:
+    """Give every number that a 16-bit format has, and infinities, but no NaN."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(dtype)
+    return halves[~halves.isnan()].reshape(2, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_widened_as_torch_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    halves = every_half(dtype)
+    path = tmp_path / "halves.safetensors"
+    save_file({"a": torch.ones(3), "b": halves, "c": halves[1, 5].clone()}, path)
+    header, read = read_header(path), read_tensors(path)
+    wide = halves.float().numpy()
+    for name, value in {"a": np.ones(3, np.float32), "b": wide, "c": wide[1, 5]}.items():
+        assert read[name].shape == value.shape
+        assert read[name].astype(np.float32).tobytes() == value.tobytes()
+        assert b"".join(iterate_float32(path, header[name])) == value.tobytes()
+    assert read["b"].dtype == {torch.bfloat16: np.float32, torch.float16: np.float16}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_widening_a_large_tensor_takes_little_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    large = torch.linspace(-1, 1, 3 * 2**21 + 1).to(dtype)
+    path = tmp_path / "large.safetensors"
+    save_file({"a": torch.zeros(1, dtype=dtype), "b": large}, path)
+    info = read_header(path)["b"]
+    expected = large.float().numpy().tobytes()
+    place = 0
+    tracemalloc.start()
+    for chunk in iterate_float32(path, info):
+        assert chunk == expected[place : place + len(chunk)]
+        place += len(chunk)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert place == len(expected)
+    assert peak_bytes < 2**23
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64])
+def test_what_float32_cannot_hold_is_not_widened(tmp_path: Path, dtype: type) -> None:
+    path = stored(tmp_path, serialize_tensors({"a": np.ones(2, dtype)}))
+    with pytest.raises(MalformedTensorsError, match="does not fit"):
+        list(iterate_float32(path, read_header(path)["a"]))

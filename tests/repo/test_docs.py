@@ -15,10 +15,10 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )  # fmt: skip
 COMMANDS = {
-    "fedra_edge": ["join", "profile", "status", "leave", "evaluate", "version"],
+    "fedra_edge": ["join", "profile", "status", "leave", "evaluate", "predict", "version"],
     "fedra_server": [
-        "init", "serve", "export", "version", "model add", "model list", "client list",
-        "run create", "run start", "run pause", "run stop", "run status", "run list",
+        "init", "serve", "export", "version", "model add", "model list", "model show",
+        "client list", "run create", "run start", "run pause", "run stop", "run status", "run list",
     ],
 }  # fmt: skip
 

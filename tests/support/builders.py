@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 
 from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
-from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.devices import BlockMemory, Calibration, DeviceProfile
 from fedra_edge.protocol.ids import (
     AssignmentId,
     ClientId,
@@ -171,14 +171,49 @@ def make_delta(assignment_id: str = "assignment-1", **fields: object) -> DeltaMa
     )
 
 
+def make_block_memory(**fields: int) -> BlockMemory:
+    """Give the memory of a block on a machine where an idle client takes 100 MB."""
+    return BlockMemory.model_validate(
+        {
+            "idle_bytes": 10**8,
+            "fixed_bytes": 10**6,
+            "forward_bytes": 2 * 10**6,
+            "working_bytes": 5 * 10**6,
+            "kept_bytes": 3 * 10**6,
+            "kept_frozen_bytes": 2 * 10**6,
+            **fields,
+        }
+    )
+
+
 def make_calibration(spec: ModelSpec, **fields: object) -> Calibration:
     return Calibration.model_validate(
         {
             "model_id": spec.model_id,
             "forward_s": 0.001,
             "backward_s": 0.002,
+            "memory": make_block_memory(),
             "train_examples": 100,
             "held_out_examples": 25,
+            **fields,
+        }
+    )
+
+
+def make_training_report(**fields: object) -> TrainingReport:
+    """Report a short, successful training."""
+    return TrainingReport.model_validate(
+        {
+            "steps": 3,
+            "first_loss": 2.0,
+            "last_loss": 1.0,
+            "train_s": 0.5,
+            "peak_memory_bytes": 10**8,
+            "predicted_peak_bytes": 11 * 10**7,
+            "residency": "resident",
+            "micro_batch": 8,
+            "bytes_received": 1000,
+            "bytes_sent": 1000,
             **fields,
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,17 +12,21 @@ from fedra_edge.data.dataset import Example
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.errors import DataError, TrainingInterrupted
 from fedra_edge.protocol.devices import Backend
+from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import ModelSpec, Piece
-from fedra_edge.protocol.tensors import serialize_tensors
+from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_edge.training.trainer import (
-    BlockTiming,
+    BlockCost,
     EvaluationCounts,
-    OnStep,
+    InputArray,
     ShouldStop,
     SliceWork,
+    Surroundings,
     TrainedSlice,
+    UsableMemory,
     WholeModel,
 )
+from tests.support.builders import make_block_memory
 from tests.support.headquarters import Headquarters
 
 PATIENCE_S = 60.0
@@ -80,25 +84,25 @@ class CountingTrainer:
         """Claims to be PyTorch."""
         return "torch"
 
-    def calibrate(self, spec: ModelSpec) -> BlockTiming:
+    def calibrate(self, spec: ModelSpec) -> BlockCost:
         """Claim to be quick."""
         self.calibrated.append(spec.name)
-        return BlockTiming(forward_s=1e-4, backward_s=2e-4)
+        return BlockCost(forward_s=1e-4, backward_s=2e-4, memory=make_block_memory())
 
     def train(
-        self, work: SliceWork, data: MatchedDataset, on_step: OnStep, should_stop: ShouldStop
+        self, work: SliceWork, data: MatchedDataset, surroundings: Surroundings
     ) -> TrainedSlice:
         """Count the steps."""
         manifest = work.manifest
         assert all(path.exists() for path in work.weights.values())
         for step in range(1, manifest.steps + 1):
             self.before_step(step)
-            if should_stop():
+            if surroundings.should_stop():
                 self.interrupted.append(manifest.assignment_id)
                 raise TrainingInterrupted("told to stop")
             data.batch(data.train_indices[:2], work.spec.input)
             self.steps_done += 1
-            on_step(step, manifest.steps, 1.0 / step)
+            surroundings.on_step(step, manifest.steps, 1.0 / step)
         names = work.spec.delta_shapes(manifest.adapter, manifest.trained_layer_ids)
         self.trained.append(manifest.assignment_id)
         self.when_trained()
@@ -109,17 +113,37 @@ class CountingTrainer:
             first_loss=1.0,
             last_loss=0.5,
             train_s=0.1,
+            plan=surroundings.guard.fitting(MemoryPlan.of(manifest)),
         )
 
     def evaluate(
-        self, model: WholeModel, data: MatchedDataset, should_stop: ShouldStop
+        self,
+        model: WholeModel,
+        data: MatchedDataset,
+        should_stop: ShouldStop,
+        usable_memory: UsableMemory,
     ) -> EvaluationCounts:
         """Find half of the answers right, after a look at every piece."""
         assert not should_stop()
-        assert all(model.weights[piece].exists() for piece in model.weights)
+        assert usable_memory() > 0
+        assert all(model.weights[piece].path.exists() for piece in model.weights)
         self.evaluated.append(len(model.adapters))
         number = len(data.held_out_indices)
         return EvaluationCounts(num_examples=number, num_correct=number // 2, loss_sum=1.5)
+
+    def predict(
+        self,
+        model: WholeModel,
+        inputs: Iterable[InputArray],
+        should_stop: ShouldStop,
+        usable_memory: UsableMemory,
+    ) -> Iterator[FloatArray]:
+        """Find every label as probable as the others."""
+        assert usable_memory() > 0
+        num_labels = len(model.spec.labels)
+        for _ in inputs:
+            assert not should_stop()
+            yield np.full(num_labels, 1 / num_labels, dtype=np.float32)
 
 
 def with_solid_model(hq: Headquarters, name: str = "solid") -> Headquarters:

@@ -23,16 +23,19 @@ from tests.support.servers import run_server_command, start_server
 from tests.support.tiny_vit import build_vit
 
 MODEL = "tiny"
-NO_FRAMEWORK = ("torch", "transformers", "peft", "onnxruntime")
+NO_FRAMEWORK = ("torch", "transformers", "peft", "onnxruntime", "tokenizers")
 _ACTIVE = {RunState.CREATED, RunState.RUNNING, RunState.PAUSED}
 
 
-def prepare_home(directory: Path) -> Path:
-    """Make a server home with the tiny model registered, by the commands an operator uses."""
+def prepare_home(directory: Path, *options: str) -> Path:
+    """Make a server home with the tiny model registered, by the commands an operator uses.
+
+    ``options`` are further ones of ``fedra-server model add``.
+    """
     home, saved = directory / "home", directory / "saved"
     build_vit().save_pretrained(saved)
     run_server_command("init", "--home", str(home))
-    run_server_command("model", "add", MODEL, str(saved), "--home", str(home))
+    run_server_command("model", "add", MODEL, str(saved), "--home", str(home), *options)
     return home
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from fedra_edge.protocol import routes
-from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
+from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.ids import RunId
 from fedra_edge.protocol.messages import EnrolReceipt, EnrolRequest, UploadStatus
@@ -33,7 +33,13 @@ from fedra_server.runs import RunState
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import RunRecord
 from fedra_server.storage.store import Store
-from tests.support.builders import make_model_spec, make_profile, make_run_spec
+from tests.support.builders import (
+    make_block_memory,
+    make_model_spec,
+    make_profile,
+    make_run_spec,
+    make_training_report,
+)
 
 PROTOCOL = {PROTOCOL_HEADER: PROTOCOL_VERSION}
 _TIMEOUT_S = 60.0
@@ -109,15 +115,7 @@ class Delta:
     @classmethod
     def of(cls, data: bytes, assignment_id: str) -> Delta:
         """Describe any bytes as the delta of an assignment."""
-        report = TrainingReport(
-            steps=3,
-            first_loss=2.0,
-            last_loss=1.0,
-            train_s=0.5,
-            peak_memory_bytes=10**8,
-            bytes_received=1000,
-            bytes_sent=1000,
-        )
+        report = make_training_report()
         manifest = DeltaManifest(
             assignment_id=assignment_id,
             sha256=hashlib.sha256(data).hexdigest(),
@@ -189,6 +187,7 @@ def calibrate(site: Site, spec: ModelSpec) -> None:
         model_id=spec.model_id,
         forward_s=1e-5,
         backward_s=2e-5,
+        memory=make_block_memory(),
         train_examples=100,
         held_out_examples=10,
     )

@@ -24,6 +24,7 @@ from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_edge.slicing import materialize
 from fedra_edge.training.trainer import SliceWork
 from fedra_server.modelbook.registering import register_model
+from fedra_server.modelbook.stored_dtypes import WeightsDtype
 from fedra_server.storage.blobs import BlobStore
 
 LABELS = ("bolt", "nut", "washer")
@@ -32,10 +33,14 @@ _PEFT_NAMES = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weig
 ADAPTER = AdapterSpec(rank=2, alpha=4.0, targets=("attention.o_proj", "mlp.fc2"))
 
 
-def build_vit(num_layers: int = NUM_LAYERS, **settings: Any) -> ViTForImageClassification:  # noqa: ANN401 (as ViTConfig takes them)
+def build_vit(
+    num_layers: int = NUM_LAYERS,
+    hidden_size: int = 32,
+    **settings: Any,  # noqa: ANN401 (as ViTConfig takes them)
+) -> ViTForImageClassification:
     """Build a model with weights large enough that every layer matters."""
     config = ViTConfig(
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         intermediate_size=48,
@@ -51,6 +56,14 @@ def build_vit(num_layers: int = NUM_LAYERS, **settings: Any) -> ViTForImageClass
         return ViTForImageClassification(config)
 
 
+def round_frozen(model: nn.Module, weights_dtype: WeightsDtype) -> None:
+    """Round every weight but the trained head's to a format, as its owner would do with torch."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(("classifier.", "score.")):
+                parameter.copy_(parameter.to(getattr(torch, weights_dtype)))
+
+
 @dataclass(frozen=True)
 class BlobFiles:
     """A layer cache that has everything."""
@@ -63,7 +76,7 @@ class BlobFiles:
 
 @dataclass(frozen=True)
 class TinyVit:
-    """A registered model, its original, and one revision of adapters that changes its output."""
+    """A registered model, the plain one that computes the same, and a revision that changes it."""
 
     model: ViTForImageClassification
     spec: ModelSpec
@@ -72,11 +85,12 @@ class TinyVit:
     adapters: Mapping[str, FloatArray]
 
     @classmethod
-    def register(cls, directory: Path) -> TinyVit:
+    def register(cls, directory: Path, weights_dtype: WeightsDtype = "float32") -> TinyVit:
         model = build_vit()
         model.save_pretrained(directory / "hf")
         blobs = BlobStore(directory / "blobs")
-        spec = register_model(directory / "hf", "tiny", blobs)
+        spec = register_model(directory / "hf", "tiny", blobs, weights_dtype)
+        round_frozen(model, weights_dtype)
         adapters = random_tensors(spec.delta_shapes(ADAPTER, spec.layer_ids))
         return cls(model, spec, blobs, put_revision(spec, adapters, blobs), adapters)
 

@@ -34,7 +34,7 @@ from tests.support.headquarters import Headquarters, headquarters, home_in
 from tests.support.wire_server import unused_port
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ("join", "profile", "status", "leave", "evaluate", "version")
+COMMANDS = ("join", "profile", "status", "leave", "evaluate", "predict", "version")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("FEDRA_")},
     "PYTHONPATH": str(ROOT),

@@ -26,6 +26,7 @@ from fedra_edge.data import (
     prepare_image,
 )
 from fedra_edge.data.images import read_image
+from fedra_edge.data.preparing import image_of
 from fedra_edge.errors import DataError
 from fedra_edge.protocol.models import ImageInput
 
@@ -216,7 +217,7 @@ def test_a_manifest_lists_paths_relative_to_itself(
     dataset = open_dataset(write_manifest(tmp_path / "data.csv", text))
     assert [dataset.is_held_out(i) for i in range(3)] == [False, True, None]
     assert [dataset.key_of(i) for i in range(3)] == ["img/ü.png", "img/b.png", "c.png"]
-    assert dataset[0].image.shape == (8, 8, 3)
+    assert image_of(dataset[0]).shape == (8, 8, 3)
     assert match_labels(dataset, ["cat"]).report.counts["file not found"] == 1
 
 

@@ -10,18 +10,10 @@ import pytest
 
 from fedra_edge.errors import StorageError
 from fedra_edge.outbox import Outbox, Parcel
-from fedra_edge.protocol.deltas import TrainingReport
 from fedra_edge.protocol.ids import AssignmentId
+from tests.support.builders import make_training_report
 
-REPORT = TrainingReport(
-    steps=3,
-    first_loss=2.0,
-    last_loss=1.0,
-    train_s=0.5,
-    peak_memory_bytes=1,
-    bytes_received=2,
-    bytes_sent=3,
-)
+REPORT = make_training_report()
 
 
 def put(outbox: Outbox, name: str, content: bytes = b"tensors") -> Parcel:

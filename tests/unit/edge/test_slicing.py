@@ -82,7 +82,7 @@ def test_a_whole_model_fetches_weights_only_when_they_are_looked_up(tiny: TinyVi
     assert len(model.weights) == tiny.spec.num_layers + 2
     assert set(model.weights) >= {"stem", "head", "layers.3"}
     assert tiny.spec.layers[1].weights not in files.asked
-    assert model.weights["layers.1"] == tiny.files.path(tiny.spec.layers[1].weights)
+    assert model.weights["layers.1"].path == tiny.files.path(tiny.spec.layers[1].weights)
     assert tiny.spec.layers[1].weights in files.asked
 
 

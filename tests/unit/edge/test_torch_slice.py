@@ -15,7 +15,7 @@ from fedra_edge.errors import SliceError
 from fedra_edge.protocol.models import AdapterSpec
 from fedra_edge.training.torch_blocks import build_block, build_stem
 from fedra_edge.training.torch_lora import LoraLinear
-from fedra_edge.training.torch_slice import TorchSlice
+from fedra_edge.training.torch_slice import ResidentSlice, parameter_values, trained_parameters
 from fedra_edge.training.trainer import SliceWork
 from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data
 
@@ -27,10 +27,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyVit:
     return TinyVit.register(tmp_path_factory.mktemp("tiny"))
 
 
+def load(work: SliceWork) -> ResidentSlice:
+    return ResidentSlice(work, trained_parameters(work, CPU), CPU)
+
+
+def parameters_of(loaded: ResidentSlice) -> list[nn.Parameter]:
+    modules = (loaded.stem, *loaded.layers, loaded.head)
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
 def kept_bytes(work: SliceWork) -> int:
     """Add up the distinct storages that autograd keeps during a forward pass."""
-    loaded = TorchSlice.load(work, CPU)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in loaded.parameters()}
+    loaded = load(work)
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in parameters_of(loaded)}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +49,7 @@ def kept_bytes(work: SliceWork) -> int:
     data = noise_data()
     images, _ = data.batch(data.train_indices[:4], work.spec.input)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loaded(torch.from_numpy(images))
+        loaded.leave(loaded.enter([torch.from_numpy(images)])[0])
     return sum(
         tensor.untyped_storage().nbytes()
         for address, tensor in kept.items()
@@ -49,18 +58,20 @@ def kept_bytes(work: SliceWork) -> int:
 
 
 def test_only_assigned_adapters_and_the_head_require_gradients(tiny: TinyVit) -> None:
-    loaded = TorchSlice.load(tiny.work([1, 3]), CPU)
-    wanted = {id(parameter) for parameter in loaded.trained.values()}
+    work = tiny.work([1, 3])
+    trained = trained_parameters(work, CPU)
+    loaded = ResidentSlice(work, trained, CPU)
+    wanted = {id(parameter) for parameter in trained.values()}
     assert (
-        loaded.trained.keys()
+        trained.keys()
         == tiny.spec.delta_shapes(ADAPTER, tuple(tiny.spec.layer_ids[i] for i in (1, 3))).keys()
     )
-    assert {id(p) for p in loaded.parameters() if p.requires_grad} == wanted
+    assert {id(p) for p in parameters_of(loaded) if p.requires_grad} == wanted
 
 
 def test_received_values_come_back_by_their_global_names(tiny: TinyVit) -> None:
     work = tiny.work([0, 2], depth="reduced")
-    values = TorchSlice.load(work, CPU).trained_values()
+    values = parameter_values(trained_parameters(work, CPU))
     for name, value in values.items():
         np.testing.assert_array_equal(value, tiny.adapters[name])
 
@@ -73,11 +84,9 @@ def test_nothing_below_the_lowest_trained_layer_keeps_activations(tiny: TinyVit)
 
 
 def test_adapters_never_hit_the_patch_embedding(tiny: TinyVit) -> None:
-    loaded = TorchSlice.load(tiny.work([0, 1, 2, 3]), CPU)
-    wrapped = {name for name, module in loaded.named_modules() if isinstance(module, LoraLinear)}
-    assert wrapped == {
-        f"layers.{position}.{target}" for position in range(4) for target in ADAPTER.targets
-    }
+    for block in load(tiny.work([0, 1, 2, 3])).layers:
+        wrapped = {name for name, module in block.named_modules() if isinstance(module, LoraLinear)}
+        assert wrapped == set(ADAPTER.targets)
     projection = build_stem(tiny.spec).get_submodule("patch_embeddings.projection")
     assert type(projection) is nn.Conv2d
 
@@ -106,13 +115,13 @@ def test_loading_is_strict(tiny: TinyVit, tmp_path: Path, piece: str, damage: st
     elif damage == "shape":
         tensors[name] = np.zeros((1, 2, 3), dtype=np.float32)
     elif damage == "dtype":
-        tensors[name] = tensors[name].astype(np.float16)
+        tensors[name] = tensors[name].astype(np.float64)
     path = tmp_path / "piece.safetensors"
     save_file(tensors, path)
     if damage == "bytes":
         path.write_bytes(b"no tensors")
     with pytest.raises(SliceError):
-        TorchSlice.load(replace(work, weights={**work.weights, piece: path}), CPU)
+        load(replace(work, weights={**work.weights, piece: path}))
 
 
 def test_a_missing_adapter_tensor_is_refused(tiny: TinyVit) -> None:
@@ -120,4 +129,4 @@ def test_a_missing_adapter_tensor_is_refused(tiny: TinyVit) -> None:
     fewer = dict(work.adapters)
     del fewer["layers.1/mlp.fc2.lora_b"]
     with pytest.raises(SliceError, match="layer 1"):
-        TorchSlice.load(replace(work, adapters=fewer), CPU)
+        load(replace(work, adapters=fewer))

@@ -8,16 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from fedra_edge.errors import SliceError, TrainingInterrupted
-from fedra_edge.protocol.ids import ModelId
-from fedra_edge.protocol.rounds import EvaluationTask
 from fedra_edge.protocol.slices import TrainingSpec
-from fedra_edge.slicing import whole_model
-from fedra_edge.training import TrainedSlice, WholeModel, load_trainer
+from fedra_edge.training import TrainedSlice, load_trainer
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
+from tests.support.surroundings import room_for
 from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data
 
 CPU = torch.device("cpu")
@@ -29,19 +26,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyVit:
 
 
 def train(tiny: TinyVit, trained: Iterable[int], **values: object) -> TrainedSlice:
-    return TorchTrainer(CPU).train(
-        tiny.work(trained, **values), noise_data(), lambda *_: None, lambda: False
-    )
-
-
-def whole(tiny: TinyVit) -> WholeModel:
-    task = EvaluationTask(
-        run="run",
-        model_id=ModelId(tiny.spec.model_id),
-        revision=tiny.revision,
-        adapter=ADAPTER,
-    )
-    return whole_model(task, tiny.spec, tiny.files)
+    work = tiny.work(trained, **values)
+    return TorchTrainer(CPU).train(work, noise_data(), room_for(work))
 
 
 def plain_gradients(tiny: TinyVit, batch_size: int) -> dict[str, np.ndarray]:
@@ -78,9 +64,8 @@ def test_training_lowers_the_loss_and_reports_it(tiny: TinyVit) -> None:
     seen: list[tuple[int, int, float]] = []
     training = TrainingSpec(batch_size=12, learning_rate=0.05)
     work = tiny.work([0, 1, 2, 3], training=training, steps=20)
-    result = TorchTrainer(CPU).train(
-        work, noise_data(), lambda *step: seen.append(step), lambda: False
-    )
+    surroundings = room_for(work, on_step=lambda *step: seen.append(step))
+    result = TorchTrainer(CPU).train(work, noise_data(), surroundings)
     assert [step[:2] for step in seen] == [(done, 20) for done in range(1, 21)]
     assert (result.first_loss, result.last_loss) == (seen[0][2], seen[-1][2])
     assert result.last_loss < 0.5 * result.first_loss
@@ -127,13 +112,12 @@ def test_the_gradient_is_clipped(tiny: TinyVit) -> None:
 
 def test_training_stops_between_steps(tiny: TinyVit) -> None:
     steps: list[int] = []
+    work = tiny.work([0], steps=50)
+    surroundings = room_for(
+        work, on_step=lambda done, *_: steps.append(done), should_stop=lambda: len(steps) == 2
+    )
     with pytest.raises(TrainingInterrupted):
-        TorchTrainer(CPU).train(
-            tiny.work([0], steps=50),
-            noise_data(),
-            lambda done, *_: steps.append(done),
-            lambda: len(steps) == 2,
-        )
+        TorchTrainer(CPU).train(work, noise_data(), surroundings)
     assert steps == [1, 2]
 
 
@@ -141,9 +125,7 @@ def test_a_diverged_training_is_an_error(tiny: TinyVit) -> None:
     work = tiny.work([0])
     huge = {name: np.float32(1e30) * value for name, value in work.adapters.items()}
     with pytest.raises(SliceError, match="diverged"):
-        TorchTrainer(CPU).train(
-            replace(work, adapters=huge), noise_data(), lambda *_: None, lambda: False
-        )
+        TorchTrainer(CPU).train(replace(work, adapters=huge), noise_data(), room_for(work))
 
 
 @pytest.mark.parametrize("walk_batch", [2, 4, 6])
@@ -155,38 +137,6 @@ def test_a_streamed_slice_trains_to_the_same_adapters(tiny: TinyVit, walk_batch:
     assert streamed.first_loss == pytest.approx(resident.first_loss, rel=1e-5)
     for name, value in resident.adapters.items():
         np.testing.assert_allclose(streamed.adapters[name], value, rtol=1e-4, atol=1e-5)
-
-
-def test_evaluation_counts_as_the_plain_model_does(tiny: TinyVit) -> None:
-    data = noise_data(60)
-    counts = TorchTrainer(CPU).evaluate(whole(tiny), data, lambda: False)
-    images, label_ids = data.batch(data.held_out_indices, tiny.spec.input)
-    with torch.no_grad():
-        logits = tiny.reference(range(4))(torch.from_numpy(images)).logits
-    labels = torch.from_numpy(label_ids)
-    assert counts.num_examples == len(data.held_out_indices) == 20
-    assert counts.num_correct == int((logits.argmax(1) == labels).sum())
-    expected = F.cross_entropy(logits, labels, reduction="sum").item()
-    assert counts.loss_sum == pytest.approx(expected, rel=1e-5)
-
-
-def test_evaluation_in_chunks_counts_the_same(
-    tiny: TinyVit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = noise_data(60)
-    at_once = TorchTrainer(CPU).evaluate(whole(tiny), data, lambda: False)
-    boundary_bytes = tiny.spec.layers[0].cost.boundary_bytes
-    module = "fedra_edge.training.torch_evaluation"
-    monkeypatch.setattr(f"{module}._BOUNDARY_BUDGET_BYTES", 7 * boundary_bytes)
-    monkeypatch.setattr(f"{module}._MICRO_BATCH_BUDGET_BYTES", 3 * boundary_bytes)
-    in_chunks = TorchTrainer(CPU).evaluate(whole(tiny), data, lambda: False)
-    assert in_chunks.num_correct == at_once.num_correct
-    assert in_chunks.loss_sum == pytest.approx(at_once.loss_sum, rel=1e-6)
-
-
-def test_evaluation_stops_when_asked(tiny: TinyVit) -> None:
-    with pytest.raises(TrainingInterrupted):
-        TorchTrainer(CPU).evaluate(whole(tiny), noise_data(), lambda: True)
 
 
 def test_calibration_times_one_block(tiny: TinyVit) -> None:

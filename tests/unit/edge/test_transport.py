@@ -28,7 +28,7 @@ from fedra_edge.errors import (
     WorkInterrupted,
 )
 from fedra_edge.protocol import routes
-from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
+from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.ids import AssignmentId, ModelId, UploadId
 from fedra_edge.protocol.messages import DeltaReceipt, Health, Heartbeat, UploadStatus
 from fedra_edge.protocol.models import BlobRef
@@ -37,6 +37,7 @@ from fedra_edge.protocol.rounds import Wait
 from fedra_edge.protocol.version import PROTOCOL_HEADER
 from fedra_edge.retrying import Retrier, RetryPolicy
 from fedra_edge.transport import Request, Transport, open_http_client
+from tests.support.builders import make_training_report
 from tests.support.wire_server import Received, Reply, Script, scripted, serving, unused_port
 
 QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.01, max_wait_s=0.02)
@@ -347,15 +348,7 @@ class Depot:
 
 
 def manifest_of(content: bytes) -> DeltaManifest:
-    report = TrainingReport(
-        steps=1,
-        first_loss=1,
-        last_loss=1,
-        train_s=1,
-        peak_memory_bytes=1,
-        bytes_received=0,
-        bytes_sent=0,
-    )
+    report = make_training_report()
     return DeltaManifest(
         assignment_id="a1",
         sha256=sha256(content).hexdigest(),

@@ -304,6 +304,8 @@ def test_models_are_listed(command: Command) -> None:
     [listed] = command("model", "list", "--json").json["models"]
     assert (listed["name"], listed["num_layers"]) == ("tiny", 4)
     assert "tiny" in command("model", "list").out
+    assert command("model", "show", "tiny", "--json").json == listed
+    assert command("model", "show", "absent").code == ExitCode.NOT_FOUND
 
 
 @pytest.mark.usefixtures("model")
@@ -348,8 +350,8 @@ def every_command() -> list[list[str]]:
 
 def test_all_commands_are_there() -> None:
     assert {" ".join(path) for path in every_command()} == {
-        "init", "serve", "export", "version", "model add", "model list", "run create",
-        "run start", "run pause", "run stop", "run status", "run list", "client list",
+        "init", "serve", "export", "version", "model add", "model list", "model show",
+        "run create", "run start", "run pause", "run stop", "run status", "run list", "client list",
     }  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_another_head_is_told_apart_without_loading_the_model(tmp_path: Path) ->
     save(tmp_path / "half", {name: it.astype(np.float16) for name, it in make_head(2.0).items()})
     (tmp_path / "none").mkdir()
     told = {
-        name: surely_differs(tmp_path / name, known, blobs)
+        name: surely_differs(tmp_path / name, "float32", known, blobs)
         for name in ("same", "other", "half", "none")
     }
     assert told == {"same": False, "other": True, "half": False, "none": False}

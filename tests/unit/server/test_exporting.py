@@ -14,8 +14,10 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from typing_extensions import override
 
 from fedra_edge.data.matching import match_labels
+from fedra_edge.data.preparing import image_of
 from fedra_edge.errors import ConfigurationError as EdgeConfigurationError
-from fedra_edge.evaluation import evaluate_export, read_export_spec
+from fedra_edge.evaluation import evaluate_export
+from fedra_edge.exports import read_export_spec
 from fedra_server.errors import ConflictError
 from fedra_server.exporting import export_revision
 from fedra_server.modelbook.registering import register_model
@@ -86,7 +88,7 @@ def test_the_base_is_the_registered_model(tiny: TinyVit, exported: Path, tmp_pat
 def test_the_preprocessor_prepares_images_as_the_sites_do(tiny: TinyVit, exported: Path) -> None:
     processor = ViTImageProcessor.from_pretrained(exported / "base")
     data = noise_data()
-    image = data.dataset[0].image
+    image = image_of(data.dataset[0])
     pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
     ours, _ = data.batch([0], tiny.spec.input)
     np.testing.assert_allclose(pixels, ours[0], atol=1e-6)

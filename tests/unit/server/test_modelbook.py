@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedra_edge.protocol.families import FAMILIES, family_named
 from fedra_edge.protocol.layers import TensorKey, layer_piece
-from fedra_edge.protocol.models import ModelSpec, Piece
+from fedra_edge.protocol.models import ImageInput, ModelSpec, Piece
 from fedra_edge.protocol.tensors import read_tensors
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.registering import register_model
@@ -71,6 +71,7 @@ def test_the_pieces_together_are_exactly_the_model(tiny: TinyVit) -> None:
 def test_a_spec_says_what_the_model_is(tiny: TinyVit) -> None:
     spec = tiny.spec
     assert (spec.family, spec.labels, spec.num_layers) == ("vit", LABELS, 4)
+    assert isinstance(spec.input, ImageInput)
     assert (spec.input.size_px, spec.input.channels) == (16, 3)
     assert (spec.input.mean, spec.input.std) == ((0.5,) * 3, (0.5,) * 3)
     assert spec.block_linears == {
@@ -118,9 +119,11 @@ def test_the_preprocessor_decides_the_normalisation(copied: Path) -> None:
         copied / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3], image_std=[1.0, 2.0, 3.0]
     )
     wanted = register(copied).input
+    assert isinstance(wanted, ImageInput)
     assert (wanted.mean, wanted.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     change_json(copied / "preprocessor_config.json", do_normalize=False)
     wanted = register(copied).input
+    assert isinstance(wanted, ImageInput)
     assert (wanted.mean, wanted.std) == ((0.0,) * 3, (1.0,) * 3)
 
 

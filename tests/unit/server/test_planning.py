@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.fitting import DepthPolicy, Machine, Unfit, Work, fit_work
+from fedra_edge.protocol.footprint import MemoryPlan, SliceShape
 from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.slices import Residency
-from fedra_server.fitting import Machine, Unfit, Work, fit_work
 from fedra_server.planning import Candidate, plan_round, round_generator
-from fedra_server.runs import DepthPolicy
-from tests.support.builders import make_model_spec, make_profile, make_run_spec
+from tests.support.builders import make_block_memory, make_model_spec, make_profile, make_run_spec
 
 SPEC = make_model_spec(num_layers=6)
 BASELINE = 10**8
@@ -23,48 +23,52 @@ def calibration(seconds: float = 0.0001, examples: int = 256) -> Calibration:
         model_id=SPEC.model_id,
         forward_s=seconds,
         backward_s=2 * seconds,
+        memory=make_block_memory(idle_bytes=BASELINE),
         train_examples=examples,
         held_out_examples=10,
     )
 
 
-def need(held: int, micro_batch: int, residency: Residency = "resident") -> int:
-    """The memory that holding ``held`` layers takes on the test machine."""
+def need(
+    held: int, micro_batch: int, residency: Residency = "resident", trained: int | None = None
+) -> int:
+    """The memory that holding ``held`` layers, and training all or some, takes here."""
     profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE)
-    machine = Machine(profile, calibration(), SPEC, make_run_spec())
-    return machine.peak_bytes(residency, held, micro_batch, walk_batch=micro_batch)
+    machine = Machine(profile, calibration(), SPEC, make_run_spec().terms)
+    footprint = machine.footprint(SliceShape(held, held, held if trained is None else trained))
+    return footprint.peak_bytes(MemoryPlan(residency, micro_batch, micro_batch))
 
 
 def fit(memory_bytes: int, depth: DepthPolicy = "auto", **overrides: float) -> Work | Unfit:
     profile = make_profile(memory_bytes=memory_bytes, baseline_bytes=BASELINE)
-    return fit_work(profile, calibration(**overrides), SPEC, make_run_spec(depth=depth))  # type: ignore[arg-type] # float covers int
+    return fit_work(profile, calibration(**overrides), SPEC, make_run_spec(depth=depth).terms)  # type: ignore[arg-type] # float covers int
 
 
 def test_ample_memory_gives_all_layers_at_full_depth_and_the_whole_batch() -> None:
     work = fit(2**40)
     assert isinstance(work, Work)
-    assert (work.depth, work.residency, work.num_layers) == ("full", "resident", 6)
-    assert (work.micro_batch, work.steps) == (128, 2)
+    assert (work.depth, work.plan.residency, work.num_layers) == ("full", "resident", 6)
+    assert (work.plan.micro_batch, work.steps) == (128, 2)
 
 
 def test_less_memory_shrinks_the_micro_batch_before_anything_else() -> None:
     work = fit(need(6, 128) - 1)
     assert isinstance(work, Work)
-    assert (work.depth, work.residency, work.num_layers) == ("full", "resident", 6)
-    assert work.micro_batch == 64
+    assert (work.depth, work.plan.residency, work.num_layers) == ("full", "resident", 6)
+    assert work.plan.micro_batch == 64
 
 
 def test_too_little_memory_for_all_weights_streams_them_at_full_depth() -> None:
     work = fit(need(6, 1) - 1)
     assert isinstance(work, Work)
-    assert (work.depth, work.residency, work.num_layers) == ("full", "streamed", 6)
+    assert (work.depth, work.plan.residency, work.num_layers) == ("full", "streamed", 6)
 
 
 def test_a_machine_too_small_for_streaming_is_told_what_it_lacks() -> None:
     unfit = fit(BASELINE)
     assert isinstance(unfit, Unfit)
     assert "a single layer needs" in unfit.reason
-    unfit = fit(need(6, 1, "streamed") - 1, depth="full")
+    unfit = fit(need(6, 1, "streamed", trained=1) - 1, depth="full")
     assert isinstance(unfit, Unfit)
     assert "6 layers needs" in unfit.reason
 
@@ -73,7 +77,7 @@ def test_a_run_as_published_skips_layers() -> None:
     """Streaming is tried only when not even one layer fits resident."""
     work = fit(need(5, 1), depth="reduced")
     assert isinstance(work, Work)
-    assert (work.depth, work.residency, work.num_layers) == ("reduced", "resident", 5)
+    assert (work.depth, work.plan.residency, work.num_layers) == ("reduced", "resident", 5)
 
 
 @given(st.integers(0, 2 * need(6, 128)), st.sampled_from(["auto", "full", "reduced"]))
@@ -82,7 +86,7 @@ def test_work_never_exceeds_the_memory(memory_bytes: int, depth: DepthPolicy) ->
     if isinstance(work, Work):
         assert work.predicted_peak_bytes <= memory_bytes
         assert 1 <= work.num_layers <= 6
-        assert 1 <= work.micro_batch <= work.walk_batch <= 128
+        assert 1 <= work.plan.micro_batch <= work.plan.walk_batch <= 128
 
 
 def test_a_short_deadline_means_fewer_steps() -> None:
@@ -105,7 +109,7 @@ def test_a_machine_too_slow_for_one_layer_is_left_out() -> None:
 
 def test_a_sites_own_cap_counts() -> None:
     profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE, max_layers=3)
-    work = fit_work(profile, calibration(), SPEC, make_run_spec(max_layers=4))
+    work = fit_work(profile, calibration(), SPEC, make_run_spec(max_layers=4).terms)
     assert isinstance(work, Work)
     assert (work.depth, work.num_layers) == ("full", 3)
 
@@ -123,7 +127,7 @@ def candidates(memories: list[int]) -> list[Candidate]:
 
 def test_a_plan_gives_every_fitting_machine_a_slice_and_can_be_repeated() -> None:
     run = make_run_spec()
-    small = need(6, 1) - 1
+    small = need(6, 1, trained=4) - 1
     present = candidates([2**40, 2**40, 2**40, small, BASELINE])
     plan = plan_round(present, SPEC, run, [0] * 6, round_generator(run, 1, 0))
     again = plan_round(present[::-1], SPEC, run, [0] * 6, round_generator(run, 1, 0))
@@ -134,7 +138,7 @@ def test_a_plan_gives_every_fitting_machine_a_slice_and_can_be_repeated() -> Non
         assert len(trained) == index + 1
         assert planned.chance == pytest.approx((index + 1) / 6)
         assert len(planned.layers) == 6
-    assert plan[3].work.residency == "streamed"
+    assert plan[3].work.plan.residency == "streamed"
     covered = {item.layer_id for planned in plan for item in planned.layers if item.role == "train"}
     assert covered == set(range(6))
 

@@ -1,0 +1,190 @@
+"""Turns one machine's memory, speed and data into the work it can do in a round. Pure.
+
+Full depth comes first: the fastest way to work through it that fits the memory, with fewer steps
+if need be. Reduced depth is for machines that full depth does not fit or whose deadline allows no
+full-depth step, and for runs that ask for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Final, Literal
+
+from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape, plans
+from fedra_edge.protocol.models import AdapterSpec, ModelSpec
+from fedra_edge.protocol.slices import Depth, TrainingSpec
+
+DepthPolicy = Literal["auto", "full", "reduced"]
+
+_DEADLINE_SHARE: Final = 0.7
+"""Part of a round's deadline planned for training; the rest is for transfer and surprises."""
+
+_MOST_STEPS: Final = 10**6
+"""What a slice manifest can ask for."""
+
+_MEGABYTE: Final = 10**6
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What of a run decides what a machine can do in it."""
+
+    adapter: AdapterSpec
+    training: TrainingSpec
+    deadline_s: float
+    depth: DepthPolicy
+    max_layers: int | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one participant is able to do: train ``num_layers`` layers for ``steps`` steps."""
+
+    depth: Depth
+    plan: MemoryPlan
+    num_layers: int
+    steps: int
+    step_s: float
+    predicted_peak_bytes: int
+    facts: str
+    why_not_more: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Say in one line what was decided and what stood against more."""
+        return f"{self.facts}; {self.why_not_more}" if self.why_not_more else self.facts
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Why a machine cannot take part."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine facing a run: what it has, what a block costs on it, and what is asked."""
+
+    profile: DeviceProfile
+    calibration: Calibration
+    spec: ModelSpec
+    terms: Terms
+
+    def work(self, depth: Depth, wanted: int) -> Work | None:
+        """Find the fastest plan for the most layers that memory and deadline allow."""
+        for trained, plan in self._choices(depth, wanted):
+            shape = self.shape(depth, trained)
+            peak_bytes = self.footprint(shape).peak_bytes(plan)
+            steps = self.steps_in_time(shape, plan)
+            if steps and peak_bytes <= self.profile.memory_bytes:
+                return self._work(depth, plan, shape, steps)
+        return None
+
+    def _choices(self, depth: Depth, wanted: int) -> Iterator[tuple[int, MemoryPlan]]:
+        """Give (layers to train, plan), the best first.
+
+        At reduced depth, resident weights come before more layers, as published.
+        """
+        every = tuple(plans(self.terms.training))
+        resident = tuple(plan for plan in every if plan.residency == "resident")
+        layers = range(wanted, 0, -1)
+        if depth == "reduced":
+            yield from product(layers, resident)
+        yield from product(layers, every)
+
+    def drawn(self, work: Work, shape: SliceShape) -> Work:
+        """Make work exact once its layers are drawn: the promise, and steps that now fit."""
+        drawn = self._work(work.depth, work.plan, shape, self.steps_in_time(shape, work.plan))
+        return replace(drawn, why_not_more=work.why_not_more)
+
+    def shape(self, depth: Depth, trained: int) -> SliceShape:
+        """Give the costliest shape that this many trained layers can be drawn as."""
+        held = self.spec.num_layers if depth == "full" else trained
+        return SliceShape(held=held, backward=held, trained=trained)
+
+    def footprint(self, shape: SliceShape) -> Footprint:
+        """Give what a slice of this shape takes here."""
+        terms = self.terms
+        memory = self.calibration.memory
+        idle_bytes = max(memory.idle_bytes, self.profile.baseline_bytes)
+        own = memory.model_copy(update={"idle_bytes": idle_bytes})
+        return Footprint(self.spec, terms.adapter, terms.training, own, shape)
+
+    def steps_in_time(self, shape: SliceShape, plan: MemoryPlan) -> int:
+        """Steps of the wanted local epochs, as many of them as the deadline allows."""
+        training = self.terms.training
+        wanted = math.ceil(self.calibration.train_examples / training.batch_size)
+        wanted *= training.local_epochs
+        if training.max_steps is not None:
+            wanted = min(wanted, training.max_steps)
+        wanted = min(wanted, _MOST_STEPS)
+        step_s = self.step_s(shape, plan)
+        available_s = _DEADLINE_SHARE * self.terms.deadline_s
+        return wanted if wanted * step_s <= available_s else int(available_s / step_s)
+
+    def step_s(self, shape: SliceShape, plan: MemoryPlan) -> float:
+        """Predict the duration of a step; a streamed walk goes forward again to come back."""
+        examples = min(self.terms.training.batch_size, self.calibration.train_examples)
+        forwards = shape.held + (shape.backward - 1 if plan.residency == "streamed" else 0)
+        calibration = self.calibration
+        per_example_s = forwards * calibration.forward_s + shape.backward * calibration.backward_s
+        return examples * per_example_s
+
+    def _work(self, depth: Depth, plan: MemoryPlan, shape: SliceShape, steps: int) -> Work:
+        peak_bytes = self.footprint(shape).peak_bytes(plan)
+        step_s = self.step_s(shape, plan)
+        facts = (
+            f"{depth} depth, {plan.residency}, {_megabytes(peak_bytes)} of "
+            f"{_megabytes(self.profile.memory_bytes)}, {steps} steps of {step_s:.2f} s"
+        )
+        return Work(depth, plan, shape.trained, steps, step_s, peak_bytes, facts)
+
+
+def fit_work(
+    profile: DeviceProfile, calibration: Calibration, spec: ModelSpec, terms: Terms
+) -> Work | Unfit:
+    """Choose depth, residency, number of trained layers, batches and steps for one machine."""
+    machine = Machine(profile, calibration, spec, terms)
+    caps = (spec.num_layers, profile.max_layers, terms.max_layers)
+    wanted = min(cap for cap in caps if cap is not None)
+    depths: tuple[Depth, ...] = ("full", "reduced") if terms.depth == "auto" else (terms.depth,)
+    for depth in depths:
+        work = machine.work(depth, wanted)
+        if work is not None:
+            why = _why_not_more(machine, depths[0], work, wanted)
+            return replace(work, why_not_more=why)
+    return _unfit(machine, depths[-1])
+
+
+def _why_not_more(machine: Machine, first_choice: Depth, work: Work, wanted: int) -> str:
+    """Say what kept a machine from the best work, for the operator."""
+    reasons = []
+    if work.depth != first_choice:
+        reasons.append(f"no full depth, because {_unfit(machine, 'full').reason}")
+    if work.num_layers < wanted:
+        reasons.append(f"{work.num_layers} of {wanted} layers, because more do not fit")
+    return "; ".join(reasons)
+
+
+def _unfit(machine: Machine, depth: Depth) -> Unfit:
+    """Say what is missing for the least work of a depth."""
+    shape = machine.shape(depth, 1)
+    layers = f"{shape.held} layers" if shape.held > 1 else "a single layer"
+    need = min(map(machine.footprint(shape).peak_bytes, plans(machine.terms.training)))
+    has = machine.profile.memory_bytes
+    if need > has:
+        return Unfit(
+            f"training {layers} needs {_megabytes(need)}, this process may use {_megabytes(has)}"
+        )
+    return Unfit(
+        f"one step through {layers} does not fit the deadline of {machine.terms.deadline_s} s"
+    )
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / _MEGABYTE:.0f} MB"

@@ -1,0 +1,149 @@
+"""Predicts what a slice takes on a machine, in memory and time; the same on both sides. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from fedra_edge.protocol.devices import BlockMemory
+from fedra_edge.protocol.ids import LayerId
+from fedra_edge.protocol.models import AdapterSpec, ModelSpec, Piece
+from fedra_edge.protocol.slices import LayerRole, Residency, SliceManifest, TrainingSpec
+
+_MARGIN: Final = 1.02
+"""What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
+
+_STREAMED_MICRO_BATCH: Final = 8
+"""Streaming gains nothing from larger micro-batches: a block's weights serve a whole walk batch."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a slice is worked through: what decides its memory and nothing of its result.
+
+    ``micro_batch`` examples go through a block at once; a streamed slice takes up to
+    ``walk_batch`` of them through a block before it loads the next.
+    """
+
+    residency: Residency
+    micro_batch: int
+    walk_batch: int
+
+    @classmethod
+    def of(cls, manifest: SliceManifest) -> Self:
+        """Give the plan that the server made."""
+        walk_batch = max(manifest.walk_batch, manifest.micro_batch)
+        return cls(manifest.residency, manifest.micro_batch, walk_batch)
+
+
+@dataclass(frozen=True)
+class SliceShape:
+    """What of a slice decides its cost: how many layers it holds, passes back through, trains.
+
+    ``backward`` counts the layers from the lowest trained one up.
+    """
+
+    held: int
+    backward: int
+    trained: int
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerRole]) -> Self:
+        """Give the shape of a drawn slice."""
+        trained = [position for position, layer in enumerate(layers) if layer.role == "train"]
+        return cls(len(layers), len(layers) - trained[0], len(trained))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a slice of some shape takes on a machine whose block memory was measured."""
+
+    spec: ModelSpec
+    adapter: AdapterSpec
+    training: TrainingSpec
+    memory: BlockMemory
+    shape: SliceShape
+
+    def peak_bytes(self, plan: MemoryPlan) -> int:
+        """Predict the peak memory of the whole process.
+
+        Sum of the idle process, the weights in memory, the adapters with what training adds to
+        them, the activations kept between layers or by autograd, and one block's working memory.
+        """
+        spec, memory, shape = self.spec, self.memory, self.shape
+        blocks = shape.held if plan.residency == "resident" else 1
+        weights = sum(map(_computed_bytes, (spec.stem, spec.head)))
+        weights += blocks * max(map(_computed_bytes, spec.layers))
+        weights += _stored_beside(spec)
+        boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
+        walking = plan.walk_batch * boundary
+        working = memory.fixed_bytes + plan.micro_batch * memory.working_bytes
+        if plan.residency == "streamed":
+            walking += plan.walk_batch * shape.backward * boundary
+        else:
+            frozen = shape.backward - shape.trained
+            kept = (shape.trained - 1) * memory.kept_bytes + frozen * memory.kept_frozen_bytes
+            kept += shape.backward * boundary
+            working += plan.micro_batch * kept
+        return int(
+            _MARGIN * (memory.idle_bytes + weights + walking + working + self._adapter_bytes())
+        )
+
+    def forward_peak_bytes(self, micro_batch: int, walk_batch: int) -> int:
+        """Predict the peak of a pass without gradients, with one block in memory at a time."""
+        spec, memory = self.spec, self.memory
+        weights = max(map(_computed_bytes, (spec.stem, *spec.layers, spec.head)))
+        boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
+        working = memory.fixed_bytes + micro_batch * memory.forward_bytes
+        received = self.shape.held * _layer_adapter_bytes(spec, self.adapter)
+        walking = walk_batch * boundary
+        return memory.idle_bytes + weights + _stored_beside(spec) + walking + working + received
+
+    def _adapter_bytes(self) -> int:
+        """Received values of all held layers; value, gradient and moments of trained ones.
+
+        When training is over, trained values, delta and file take the gradient's place.
+        """
+        layer = _layer_adapter_bytes(self.spec, self.adapter)
+        head = 4 * sum(math.prod(shape) for shape in self.spec.head_parameters.values())
+        moments = 2 if self.training.optimizer == "adamw" else 1
+        return (self.shape.held * layer + head) + (2 + moments) * (
+            self.shape.trained * layer + head
+        )
+
+
+def plans(training: TrainingSpec) -> Iterator[MemoryPlan]:
+    """Give every way to work through a slice, the fastest first."""
+    for micro_batch in _halvings(training.batch_size):
+        yield MemoryPlan("resident", micro_batch, micro_batch)
+    for micro_batch in _halvings(min(_STREAMED_MICRO_BATCH, training.batch_size)):
+        for walk_batch in _halvings(training.batch_size):
+            if walk_batch >= micro_batch:
+                yield MemoryPlan("streamed", micro_batch, walk_batch)
+
+
+def _halvings(size: int) -> list[int]:
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return sizes
+
+
+def _computed_bytes(piece: Piece) -> int:
+    return piece.cost.parameter_bytes
+
+
+def _stored_beside(spec: ModelSpec) -> int:
+    """Give what a piece takes in its file while it is widened, when stored in half precision."""
+    pieces = (spec.stem, *spec.layers, spec.head)
+    return max(
+        (p.weights.size_bytes for p in pieces if p.weights.size_bytes < p.cost.parameter_bytes),
+        default=0,
+    )
+
+
+def _layer_adapter_bytes(spec: ModelSpec, adapter: AdapterSpec) -> int:
+    shapes = spec.layer_adapter_shapes(adapter, LayerId(0))
+    return 4 * sum(math.prod(shape) for shape in shapes.values())
