@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
+from fedra_edge import options
 from fedra_edge.api import ServerApi
 from fedra_edge.config import EdgeConfig, load_config, load_site_config
 from fedra_edge.console import Output, Pace
@@ -28,6 +29,17 @@ from fedra_edge.errors import (
 from fedra_edge.exit_codes import EXIT_CODES_HELP, exit_code_of
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import Identity, IdentityFile, known_servers
+from fedra_edge.options import (
+    Backend,
+    Export,
+    Home,
+    Json,
+    MaxLayers,
+    Memory,
+    Server,
+    Verbose,
+    run_options,
+)
 from fedra_edge.outbox import Outbox
 from fedra_edge.profiling import measure_device
 from fedra_edge.protocol.version import PROTOCOL_VERSION
@@ -53,22 +65,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Server = Annotated[
-    str | None, typer.Option(help="The server's address.", envvar="FEDRA_EDGE_SERVER")
-]
-Home = Annotated[
-    Path | None,
-    typer.Option(help="Where identity, weights and outbox are kept.", envvar="FEDRA_EDGE_HOME"),
-]
-Memory = Annotated[
-    str | None, typer.Option(help="The most memory the client may occupy, e.g. 512MB.")
-]
-Export = Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")]
-MaxLayers = Annotated[int | None, typer.Option(help="The most layers to train in a round.")]
-Backend = Annotated[str | None, typer.Option(help="The training runtime: auto or torch.")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more to standard error.")]
 
 
 @app.command(epilog=_epilog("join --server https://plant.example --data images"))
@@ -119,27 +115,39 @@ def join(
         _run_until_told(EdgeClient(config, on_progress=output.progress()))
 
 
-@app.command(epilog=_epilog("profile --server https://plant.example --json"))
+@app.command(epilog=_epilog("profile --model model.json --data images --memory 2GB"))
 def profile(
+    context: typer.Context,
     server: Server = None,
     home: Home = None,
     memory: Memory = None,
     max_layers: MaxLayers = None,
     backend: Backend = None,
+    model: options.Model = None,
+    data: options.Data = None,  # noqa: ARG001 - the context holds what describes a run
+    examples: options.Examples = None,  # noqa: ARG001
+    rank: options.Rank = None,  # noqa: ARG001
+    batch_size: options.BatchSize = None,  # noqa: ARG001
+    local_epochs: options.LocalEpochs = None,  # noqa: ARG001
+    max_steps: options.MaxSteps = None,  # noqa: ARG001
+    optimizer: options.Optimizer = None,  # noqa: ARG001
+    depth: options.Depth = None,  # noqa: ARG001
+    deadline: options.Deadline = None,  # noqa: ARG001
     as_json: Json = False,
 ) -> None:
-    """Show what this machine would tell a server, and with --server whether it answers."""
-    output = Output(as_json=as_json)
-    with _reported(output):
-        from fedra_edge.client import load_configured_trainer
+    """Show what this machine would tell a server, and with --server whether it answers.
 
-        options = {"home": home, "memory_bytes": memory, "max_layers": max_layers}
-        config = load_site_config({**options, "backend": backend})
-        trainer = load_configured_trainer(config)
-        device = measure_device(backend=trainer.backend, home=config.home, caps=config.caps)
-        values = device.model_dump()
+    With --model it measures a block of that model here and shows what this machine would do in
+    a round: its slice, its peak memory, its time and its bytes.
+    """
+    output = Output(as_json=as_json)
+    chosen = options.run_options(context.params)
+    with _reported(output):
+        site = {"home": home, "memory_bytes": memory, "max_layers": max_layers}
+        config = load_site_config({**site, "backend": backend})
+        values = _device(config) if model is None else promised(model, chosen, config, output)
         if server is not None:
-            with _connected(load_config({**options, "server": server}), None) as api:
+            with _connected(load_config({**site, "server": server}), None) as api:
                 values["server"] = api.health().model_dump()
         output.show(values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypedDict, Unpack
@@ -185,13 +186,14 @@ class EdgeClient:
             dataset=dataset,
             trainer=trainer,
         )
-        profile = measure_device(
+        measure = partial(
+            measure_device,
             backend=trainer.backend,
             home=config.home,
             caps=config.caps,
             cached_bytes=cache.used_bytes,
         )
-        return Session(equipment, IdentityFile(config.membership, config.server), profile)
+        return Session(equipment, IdentityFile(config.membership, config.server), measure)
 
     def _on_retry(self, error: ServerUnreachableError, wait_s: float) -> None:
         remedy = remedy_of(error)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.errors import ConfigurationError, SliceError
@@ -16,6 +17,7 @@ from fedra_edge.protocol.tensors import TensorInfo, read_header, read_tensors
 from fedra_edge.slicing import piece_refs
 from fedra_edge.training.trainer import PieceFile, WholeModel
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 _PEFT_PREFIX = "base_model.model."
 _PEFT_FACTORS = {"lora_A.weight": LORA_A, "lora_B.weight": LORA_B}
 
@@ -37,11 +39,28 @@ def read_export_spec(directory: Path) -> ModelSpec:
         ConfigurationError: The directory is no export.
     """
     try:
-        return ModelSpec.model_validate_json((directory / "model.json").read_text("utf-8"))
+        return _parsed(ModelSpec, directory / "model.json")
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{directory} is no exported model: {error}",
             remedy="Give the directory that `fedra-server export` wrote.",
+        ) from error
+
+
+def read_model_description(path: Path) -> ModelSpec:
+    """Read what a model is: from an export, or from what `fedra-server model show --spec` prints.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    if path.is_dir():
+        return read_export_spec(path)
+    try:
+        return _parsed(ModelSpec, path)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path} describes no model: {error}",
+            remedy="Give what `fedra-server model show NAME --spec` prints, or an exported model.",
         ) from error
 
 
@@ -83,8 +102,8 @@ def damaged(spec: ModelSpec, error: Exception) -> ConfigurationError:
 
 def _opened(directory: Path, spec: ModelSpec) -> WholeModel:
     family = family_named(spec.family)
-    config = (directory / "adapter" / "adapter_config.json").read_bytes()
-    adapter = _adapter_spec(_PeftConfig.model_validate_json(config), family)
+    config = _parsed(_PeftConfig, directory / "adapter" / "adapter_config.json")
+    adapter = _adapter_spec(config, family)
     tensors = read_tensors(directory / "adapter" / "adapter_model.safetensors")
     adapters = {_wire_name(name, family): value for name, value in tensors.items()}
     shapes = spec.delta_shapes(adapter, spec.layer_ids)
@@ -94,6 +113,16 @@ def _opened(directory: Path, spec: ModelSpec) -> WholeModel:
     if pieces.keys() != piece_refs(spec, spec.layer_ids).keys():
         raise SliceError("the exported base does not have the exported model's layers")
     return WholeModel(spec, adapter, pieces, adapters)
+
+
+def _parsed(kind: type[Parsed], path: Path) -> Parsed:
+    """Read a JSON file; ValueError says in one line what is wrong with it."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise ValueError(f"{path.name}: {place}: {first['msg']}") from error
 
 
 def _adapter_spec(config: _PeftConfig, family: Family) -> AdapterSpec:

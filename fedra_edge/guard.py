@@ -47,10 +47,14 @@ class PromiseGuard:
     def smaller(self, plan: MemoryPlan) -> MemoryPlan:
         """Give a clearly smaller plan, for when the memory of this one could not be had.
 
+        Where none is clearly smaller, the smallest one is given.
+
         Raises:
             MemoryShortError: There is none.
         """
-        limit_bytes = int(_MUCH_SMALLER * self._peak(plan))
+        peak_bytes = self._peak(plan)
+        least_bytes = min(map(self._peak, self._plans))
+        limit_bytes = max(int(_MUCH_SMALLER * peak_bytes), min(least_bytes, peak_bytes - 1))
         return self._step_down(plan, limit_bytes, "an allocation failed")
 
     def _step_down(self, plan: MemoryPlan, limit_bytes: int, why: str) -> MemoryPlan:

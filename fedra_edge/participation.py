@@ -33,7 +33,6 @@ from fedra_edge.outbox import Outbox
 from fedra_edge.profiling import measure_usable_memory, usable_disk
 from fedra_edge.progress import Phase, ProgressBoard
 from fedra_edge.protocol.deltas import TrainingReport
-from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.footprint import Footprint, SliceShape
 from fedra_edge.protocol.ids import ModelId
 from fedra_edge.protocol.models import ModelSpec
@@ -126,15 +125,8 @@ class Participation:
         data = self._data(model_id)
         self._board.update(phase=Phase.CALIBRATING, detail=f"measuring a block of {spec.name}")
         cost = self._costs[model_id] = self._equipment.trainer.calibrate(spec)
-        calibration = Calibration(
-            model_id=model_id,
-            forward_s=cost.forward_s,
-            backward_s=cost.backward_s,
-            memory=cost.memory,
-            train_examples=len(data.train_indices),
-            held_out_examples=len(data.held_out_indices),
-        )
-        self._api.calibrate(calibration)
+        train, held_out = len(data.train_indices), len(data.held_out_indices)
+        self._api.calibrate(cost.calibration(model_id, train, held_out))
         return cost
 
     def _evaluate(self, task: EvaluationTask, beats: Heartbeats | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from fedra_edge.errors import (
@@ -28,20 +29,26 @@ _AFTER_FAILURE: Final = RetryPolicy(first_wait_s=1.0, max_wait_s=60.0)
 _QUICK_S: Final = 0.2
 _MAX_QUICK: Final = 5
 _BREATH_S: Final = 1.0
+_WORTH_TELLING: Final = 0.2
+"""By what part usable memory must change before plans are worth making anew."""
 
 
 class Session:
     """One client's membership in action; ``run`` returns when the work is over."""
 
     def __init__(
-        self, equipment: Equipment, identity_file: IdentityFile, profile: DeviceProfile
+        self,
+        equipment: Equipment,
+        identity_file: IdentityFile,
+        measure: Callable[[], DeviceProfile],
     ) -> None:
         self._equipment = equipment
         self._api = equipment.api
         self._control = equipment.control
         self._board = equipment.board
         self._identity_file = identity_file
-        self._profile = profile
+        self._measure = measure
+        self._profile = measure()
         self._participation = Participation(equipment)
         self._failures = 0
         self._quick_answers = 0
@@ -63,6 +70,7 @@ class Session:
                 if not self._deliver():  # new work would be a second delta for the same round
                     self._pace(is_done=False)
                     continue
+                self._tell_changed_memory()
                 asked_at = time.monotonic()
                 match self._ask():
                     case Stop(reason=reason):
@@ -94,10 +102,22 @@ class Session:
             LOGGER.info("enrolled at %s as client %s", config.server, identity.client_id)
         else:
             self._equipment.transport.authenticate(identity.credential)
-            name = config.name if "name" in config.model_fields_set else None
-            self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run, name=name))
+            self._rejoin()
             LOGGER.info("back at %s as client %s", config.server, identity.client_id)
         self._board.update(client_id=identity.client_id)
+
+    def _rejoin(self) -> None:
+        config = self._equipment.config
+        name = config.name if "name" in config.model_fields_set else None
+        self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run, name=name))
+
+    def _tell_changed_memory(self) -> None:
+        """Tell the server anew what this machine has, when its memory is no more what it was."""
+        told_bytes, profile = self._profile.memory_bytes, self._measure()
+        if abs(profile.memory_bytes - told_bytes) > _WORTH_TELLING * told_bytes:
+            LOGGER.info("usable memory went from %d to %d bytes", told_bytes, profile.memory_bytes)
+            self._profile = profile
+            self._rejoin()
 
     def _ask(self) -> Assignment:
         """Ask what to do; the server may hold the answer back once we know why we wait."""

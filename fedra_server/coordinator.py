@@ -13,18 +13,13 @@ from collections.abc import Callable
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
 from fedra_edge.protocol.tensors import sha256_of_file
 from fedra_server.assigning import assign
+from fedra_server.choosing import Population
 from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import FedraServerError, StorageError
 from fedra_server.intake import Intake
 from fedra_server.merging import Contributor
-from fedra_server.planning import (
-    Candidate,
-    PlannedSlice,
-    find_unfit,
-    plan_round,
-    round_generator,
-)
+from fedra_server.planning import PlannedSlice, find_unfit, plan_round, round_generator
 from fedra_server.publishing import Contribution, merged_revision
 from fedra_server.rounds import RoundStep, next_step, rest_s
 from fedra_server.runs import AssignmentState, RunState
@@ -276,15 +271,12 @@ class Coordinator:
         draw: int,
         excluded: set[ClientId],
     ) -> list[PlannedSlice]:
-        calibrations = self._store.calibrations(run.model_id)
-        candidates = [
-            Candidate(client.client_id, client.profile, calibrations[client.client_id])
-            for client in self._online_clients()
-            if client.client_id in calibrations
-            and client.client_id not in excluded
-            and client.run in {None, run.run}
-            and self._store.open_assignment(client.client_id) is None
-        ]
+        online = self._online_clients()
+        at_work = {it.client_id for it in online if self._store.open_assignment(it.client_id)}
+        population = Population(
+            online, self._store.calibrations(run.model_id), excluded | at_work, self._seen_since
+        )
+        candidates = population.candidates(run.run)
         spec = self._store.model(run.model_id).spec
         self._warn_of_unfit(run, find_unfit(candidates, spec, run.spec))
         generator = round_generator(run.spec, number, draw)
@@ -306,13 +298,12 @@ class Coordinator:
             self._home.delta_file(assignment.assignment_id),
         )
 
+    @property
+    def _seen_since(self) -> float:
+        return self._clock.now() - self._config.heartbeat_timeout_s
+
     def _online_clients(self) -> list[ClientRecord]:
-        oldest = self._clock.now() - self._config.heartbeat_timeout_s
-        return [
-            client
-            for client in self._store.clients()
-            if client.is_online and client.last_seen_at >= oldest
-        ]
+        return [it for it in self._store.clients() if it.is_there(self._seen_since)]
 
 
 def _unavailable(

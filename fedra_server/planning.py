@@ -39,6 +39,11 @@ class PlannedSlice:
     chance: float
     seed: int
 
+    @property
+    def trained_layer_ids(self) -> tuple[LayerId, ...]:
+        """The layers that it trains, ascending."""
+        return tuple(layer.layer_id for layer in self.layers if layer.role == "train")
+
 
 def round_generator(run: RunSpec, round_number: int, draw: int) -> np.random.Generator:
     """Make the generator of one draw of one round, always the same for the same arguments."""

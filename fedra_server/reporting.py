@@ -17,7 +17,9 @@ are global ids and ``coverage[i]`` belongs to layer i. In full:
     accuracy: [{revision, pooled, sites: {client_id: ...}}] with, for pooled and each site,
         {num_examples, num_correct, accuracy, mean_loss}
     clients: [{client_id, name, has_left, rounds_merged, layers_trained, num_examples,
-        bytes_received, bytes_sent, peak_memory_bytes, predicted_peak_bytes, train_s}]
+        bytes_received, bytes_sent, peak_memory_bytes, predicted_peak_bytes, train_s,
+        last_delta: null or {round_number, residency, micro_batch, predicted_peak_bytes,
+            peak_memory_bytes, step_downs}, how its latest delta was trained and what that took}]
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict
 
 from fedra_edge.protocol.deltas import DeltaManifest
-from fedra_edge.protocol.fitting import Unfit, fit_work
 from fedra_edge.protocol.ids import ClientId, LayerId
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import Depth, Residency
+from fedra_server.planning import find_unfit
 from fedra_server.runs import AssignmentState, RunSpec, RunState
 from fedra_server.storage.histories import RunHistory
 from fedra_server.storage.records import AssignmentRecord, ClientRecord, RoundRecord
@@ -107,6 +109,17 @@ class RevisionReport(_Report):
     sites: dict[ClientId, Accuracy]
 
 
+class DeltaReport(_Report):
+    """How a delta was trained in the end; its peak was promised, then measured."""
+
+    round_number: int
+    residency: Residency
+    micro_batch: int
+    predicted_peak_bytes: int
+    peak_memory_bytes: int
+    step_downs: tuple[str, ...]
+
+
 class ClientReport(_Report):
     """What a client contributed and what it cost; its peak is the highest it ever reported."""
 
@@ -121,6 +134,7 @@ class ClientReport(_Report):
     peak_memory_bytes: int
     predicted_peak_bytes: int
     train_s: float
+    last_delta: DeltaReport | None
 
 
 class RunReport(_Report):
@@ -208,29 +222,23 @@ def _participant(record: AssignmentRecord, names: Mapping[ClientId, str]) -> Par
 def _waiting(
     history: RunHistory, under_way: Sequence[RoundRecord], seen_since: float
 ) -> tuple[WaitingReport, ...]:
-    if history.run.state is not RunState.RUNNING:
+    run = history.run
+    if run.state is not RunState.RUNNING:
         return ()
     numbers = {record.number for record in under_way}
     taking_part = {it.client_id for it in history.assignments if it.round_number in numbers}
+    population = history.population(seen_since)
+    unfit = find_unfit(population.candidates(run.run), history.model.spec, run.spec)
     return tuple(
-        WaitingReport(name=client.name, reason=_why_waiting(history, client))
-        for client in history.clients
-        if client.is_online
-        and not client.has_left
-        and client.last_seen_at >= seen_since
-        and client.run in {None, history.run.run}
+        WaitingReport(
+            name=client.name,
+            reason=population.obstacle(client, run.run) or unfit.get(client.client_id, READY),
+        )
+        for client in population.clients
+        if client.is_there(seen_since)
+        and client.run in {None, run.run}
         and client.client_id not in taking_part
     )
-
-
-def _why_waiting(history: RunHistory, client: ClientRecord) -> str:
-    if client.client_id in history.busy_elsewhere:
-        return "at work for another run"
-    calibration = history.calibrations.get(client.client_id)
-    if calibration is None:
-        return "not calibrated yet"
-    fit = fit_work(client.profile, calibration, history.model.spec, history.run.spec.terms)
-    return fit.reason if isinstance(fit, Unfit) else READY
 
 
 def _published_round(
@@ -322,4 +330,20 @@ def _client(client: ClientRecord, assignments: Sequence[AssignmentRecord]) -> Cl
             (it.manifest.predicted_peak_bytes for it in assignments), default=0
         ),
         train_s=sum(report.train_s for report in reports),
+        last_delta=_last_delta(assignments),
     )
+
+
+def _last_delta(assignments: Sequence[AssignmentRecord]) -> DeltaReport | None:
+    for assignment in sorted(assignments, key=lambda it: it.round_number, reverse=True):
+        if assignment.delta is not None:
+            report = assignment.delta.report
+            return DeltaReport(
+                round_number=assignment.round_number,
+                residency=report.residency,
+                micro_batch=report.micro_batch,
+                predicted_peak_bytes=report.predicted_peak_bytes,
+                peak_memory_bytes=report.peak_memory_bytes,
+                step_downs=report.step_downs,
+            )
+    return None

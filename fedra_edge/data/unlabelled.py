@@ -11,7 +11,7 @@ from fedra_edge.data.csv_rows import read_rows
 from fedra_edge.data.dataset import Example, SkipReport, TextExample
 from fedra_edge.data.images import IMAGE_SUFFIXES, read_image
 from fedra_edge.data.manifest import ManifestDataset
-from fedra_edge.data.texts import TEXT_SUFFIXES, read_text
+from fedra_edge.data.texts import TEXT_SUFFIXES, problem_of_text, read_text
 from fedra_edge.errors import DataError
 from fedra_edge.protocol.models import ImageInput, ModelInput
 
@@ -74,7 +74,10 @@ class TextRows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> TextExample:
-        return TextExample(self._rows[index].content, _NO_LABEL)
+        text = self._rows[index].content
+        if problem := problem_of_text(text):
+            raise DataError(problem)
+        return TextExample(text, _NO_LABEL)
 
     def key_of(self, index: int) -> str:
         """Give the number of the line in which the row ends."""

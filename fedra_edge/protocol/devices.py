@@ -54,14 +54,12 @@ class BlockMemory(WireModel):
 
     ``idle_bytes`` is what the whole process occupies after the measurement with nothing at work.
     The rest is what comes on top of weights and of what enters the block: ``fixed_bytes`` once,
-    ``forward_bytes`` per example of a pass without gradients, ``working_bytes`` per example of a
-    forward and a backward pass, of which autograd keeps ``kept_bytes`` in between, and
-    ``kept_frozen_bytes`` where the block's adapters are not trained.
+    ``working_bytes`` per example of a forward and a backward pass, of which autograd keeps
+    ``kept_bytes`` in between, and ``kept_frozen_bytes`` where the adapters are not trained.
     """
 
     idle_bytes: ByteCount
     fixed_bytes: ByteCount
-    forward_bytes: ByteCount
     working_bytes: ByteCount
     kept_bytes: ByteCount
     kept_frozen_bytes: ByteCount

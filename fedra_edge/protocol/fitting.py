@@ -16,7 +16,7 @@ from typing import Final, Literal
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape, plans
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
-from fedra_edge.protocol.slices import Depth, TrainingSpec
+from fedra_edge.protocol.slices import Depth, Residency, TrainingSpec
 
 DepthPolicy = Literal["auto", "full", "reduced"]
 
@@ -38,6 +38,16 @@ class Terms:
     deadline_s: float
     depth: DepthPolicy
     max_layers: int | None
+
+    @property
+    def training_s(self) -> float:
+        """How long training may take of a round, which also has to transfer."""
+        return _DEADLINE_SHARE * self.deadline_s
+
+    @property
+    def depths(self) -> tuple[Depth, ...]:
+        """The depths that a machine may be given, the preferred one first."""
+        return ("full", "reduced") if self.depth == "auto" else (self.depth,)
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,15 @@ class Machine:
     spec: ModelSpec
     terms: Terms
 
-    def work(self, depth: Depth, wanted: int) -> Work | None:
+    @property
+    def most_layers(self) -> int:
+        """How many layers may be trained here: all, or what the site or the run allow."""
+        caps = (self.spec.num_layers, self.profile.max_layers, self.terms.max_layers)
+        return min(cap for cap in caps if cap is not None)
+
+    def work(self, depth: Depth) -> Work | None:
         """Find the fastest plan for the most layers that memory and deadline allow."""
-        for trained, plan in self._choices(depth, wanted):
+        for trained, plan in self._choices(depth):
             shape = self.shape(depth, trained)
             peak_bytes = self.footprint(shape).peak_bytes(plan)
             steps = self.steps_in_time(shape, plan)
@@ -85,22 +101,21 @@ class Machine:
                 return self._work(depth, plan, shape, steps)
         return None
 
-    def _choices(self, depth: Depth, wanted: int) -> Iterator[tuple[int, MemoryPlan]]:
+    def _choices(self, depth: Depth) -> Iterator[tuple[int, MemoryPlan]]:
         """Give (layers to train, plan), the best first.
 
         At reduced depth, resident weights come before more layers, as published.
         """
         every = tuple(plans(self.terms.training))
         resident = tuple(plan for plan in every if plan.residency == "resident")
-        layers = range(wanted, 0, -1)
+        layers = range(self.most_layers, 0, -1)
         if depth == "reduced":
             yield from product(layers, resident)
         yield from product(layers, every)
 
     def drawn(self, work: Work, shape: SliceShape) -> Work:
         """Make work exact once its layers are drawn: the promise, and steps that now fit."""
-        drawn = self._work(work.depth, work.plan, shape, self.steps_in_time(shape, work.plan))
-        return replace(drawn, why_not_more=work.why_not_more)
+        return self._work(work.depth, work.plan, shape, self.steps_in_time(shape, work.plan))
 
     def shape(self, depth: Depth, trained: int) -> SliceShape:
         """Give the costliest shape that this many trained layers can be drawn as."""
@@ -115,16 +130,24 @@ class Machine:
         own = memory.model_copy(update={"idle_bytes": idle_bytes})
         return Footprint(self.spec, terms.adapter, terms.training, own, shape)
 
-    def steps_in_time(self, shape: SliceShape, plan: MemoryPlan) -> int:
-        """Steps of the wanted local epochs, as many of them as the deadline allows."""
+    def least_bytes(self, depth: Depth, layers: int = 1, of: Residency | None = None) -> int:
+        """Give the least memory that training so many layers takes, in one residency or any."""
+        peak_bytes = self.footprint(self.shape(depth, layers)).peak_bytes
+        every = plans(self.terms.training)
+        return min(peak_bytes(plan) for plan in every if of in {None, plan.residency})
+
+    @property
+    def wanted_steps(self) -> int:
+        """Steps of the wanted local epochs, whatever time they take."""
         training = self.terms.training
         wanted = math.ceil(self.calibration.train_examples / training.batch_size)
         wanted *= training.local_epochs
-        if training.max_steps is not None:
-            wanted = min(wanted, training.max_steps)
-        wanted = min(wanted, _MOST_STEPS)
+        return min(wanted, training.max_steps or _MOST_STEPS, _MOST_STEPS)
+
+    def steps_in_time(self, shape: SliceShape, plan: MemoryPlan) -> int:
+        """Give as many of the wanted steps as the deadline allows."""
+        wanted, available_s = self.wanted_steps, self.terms.training_s
         step_s = self.step_s(shape, plan)
-        available_s = _DEADLINE_SHARE * self.terms.deadline_s
         return wanted if wanted * step_s <= available_s else int(available_s / step_s)
 
     def step_s(self, shape: SliceShape, plan: MemoryPlan) -> float:
@@ -142,7 +165,8 @@ class Machine:
             f"{depth} depth, {plan.residency}, {_megabytes(peak_bytes)} of "
             f"{_megabytes(self.profile.memory_bytes)}, {steps} steps of {step_s:.2f} s"
         )
-        return Work(depth, plan, shape.trained, steps, step_s, peak_bytes, facts)
+        work = Work(depth, plan, shape.trained, steps, step_s, peak_bytes, facts)
+        return replace(work, why_not_more="; ".join(_why_not_more(self, work)))
 
 
 def fit_work(
@@ -150,32 +174,39 @@ def fit_work(
 ) -> Work | Unfit:
     """Choose depth, residency, number of trained layers, batches and steps for one machine."""
     machine = Machine(profile, calibration, spec, terms)
-    caps = (spec.num_layers, profile.max_layers, terms.max_layers)
-    wanted = min(cap for cap in caps if cap is not None)
-    depths: tuple[Depth, ...] = ("full", "reduced") if terms.depth == "auto" else (terms.depth,)
-    for depth in depths:
-        work = machine.work(depth, wanted)
+    for depth in terms.depths:
+        work = machine.work(depth)
         if work is not None:
-            why = _why_not_more(machine, depths[0], work, wanted)
-            return replace(work, why_not_more=why)
-    return _unfit(machine, depths[-1])
+            return work
+    return _unfit(machine, terms.depths[-1])
 
 
-def _why_not_more(machine: Machine, first_choice: Depth, work: Work, wanted: int) -> str:
+def _why_not_more(machine: Machine, work: Work) -> Iterator[str]:
     """Say what kept a machine from the best work, for the operator."""
-    reasons = []
-    if work.depth != first_choice:
-        reasons.append(f"no full depth, because {_unfit(machine, 'full').reason}")
-    if work.num_layers < wanted:
-        reasons.append(f"{work.num_layers} of {wanted} layers, because more do not fit")
-    return "; ".join(reasons)
+    most, num_layers = machine.most_layers, machine.spec.num_layers
+    if most < num_layers:
+        whose = "site" if most == machine.profile.max_layers else "run"
+        yield f"at most {most} of {num_layers} layers, by the {whose}'s own limit"
+    if work.depth != machine.terms.depths[0]:
+        yield f"no full depth, because {_unfit(machine, 'full').reason}"
+    residency = work.plan.residency
+    if work.num_layers < most:
+        need = machine.least_bytes(work.depth, work.num_layers + 1, of=residency)
+        is_memory = need > machine.profile.memory_bytes
+        why = f"one more needs {_megabytes(need)}" if is_memory else "more take too long"
+        yield f"{work.num_layers} of {most} layers, because {why}"
+    if residency == "streamed":
+        need = machine.least_bytes(work.depth, work.num_layers, of="resident")
+        yield f"streamed, because weights that stay in memory need {_megabytes(need)}"
+    if work.steps < machine.wanted_steps:
+        yield f"{work.steps} of {machine.wanted_steps} steps, because of the deadline"
 
 
 def _unfit(machine: Machine, depth: Depth) -> Unfit:
     """Say what is missing for the least work of a depth."""
     shape = machine.shape(depth, 1)
     layers = f"{shape.held} layers" if shape.held > 1 else "a single layer"
-    need = min(map(machine.footprint(shape).peak_bytes, plans(machine.terms.training)))
+    need = machine.least_bytes(depth)
     has = machine.profile.memory_bytes
     if need > has:
         return Unfit(

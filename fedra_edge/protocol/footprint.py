@@ -79,27 +79,28 @@ class Footprint:
         weights += _stored_beside(spec)
         boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
         walking = plan.walk_batch * boundary
-        working = memory.fixed_bytes + plan.micro_batch * memory.working_bytes
+        extra = self._extra_kept_bytes(boundary)
+        working = memory.fixed_bytes + plan.micro_batch * (memory.working_bytes + extra)
         if plan.residency == "streamed":
             walking += plan.walk_batch * shape.backward * boundary
         else:
             frozen = shape.backward - shape.trained
-            kept = (shape.trained - 1) * memory.kept_bytes + frozen * memory.kept_frozen_bytes
-            kept += shape.backward * boundary
+            kept = (shape.trained - 1) * (memory.kept_bytes + extra)
+            kept += frozen * memory.kept_frozen_bytes + shape.backward * boundary
             working += plan.micro_batch * kept
         return int(
             _MARGIN * (memory.idle_bytes + weights + walking + working + self._adapter_bytes())
         )
 
-    def forward_peak_bytes(self, micro_batch: int, walk_batch: int) -> int:
-        """Predict the peak of a pass without gradients, with one block in memory at a time."""
-        spec, memory = self.spec, self.memory
-        weights = max(map(_computed_bytes, (spec.stem, *spec.layers, spec.head)))
-        boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
-        working = memory.fixed_bytes + micro_batch * memory.forward_bytes
-        received = self.shape.held * _layer_adapter_bytes(spec, self.adapter)
-        walking = walk_batch * boundary
-        return memory.idle_bytes + weights + _stored_beside(spec) + walking + working + received
+    def _extra_kept_bytes(self, boundary_bytes: int) -> int:
+        """What a trained layer keeps per example for adapters the measured block does not have.
+
+        The gradient of an adapter needs what enters its linear module.
+        """
+        linears = self.spec.block_linears
+        width = min(in_features for _, in_features in linears.values())
+        extra = set(self.adapter.targets) - set(self.spec.default_targets)
+        return sum(boundary_bytes * linears[target][1] // width for target in extra)
 
     def _adapter_bytes(self) -> int:
         """Received values of all held layers; value, gradient and moments of trained ones.

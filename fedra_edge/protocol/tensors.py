@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ MAX_HEADER_BYTES: Final = 4 * 2**20
 MAX_TENSORS: Final = 100_000
 MAX_DIMENSIONS: Final = 8
 _LENGTH_BYTES: Final = 8
+_ALIGNMENT: Final = 8
 _CHUNK_BYTES: Final = 2**20
 _DTYPES: Final[Mapping[str, str]] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
@@ -58,6 +59,16 @@ def sha256_of_file(path: Path) -> str:
 def serialize_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     """Turn arrays into the bytes of a safetensors file, the same bytes for the same arrays."""
     return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+
+
+def file_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Give the size of a safetensors file with these float32 tensors, without making it."""
+    header, end = {}, 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + _ITEM_BYTES["F32"] * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"))
+    return _LENGTH_BYTES + math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT + end
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

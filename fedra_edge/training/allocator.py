@@ -8,6 +8,7 @@ from typing import Any, Final
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
 _LARGE_BYTES: Final = 2**17
 
 
@@ -16,7 +17,8 @@ def return_freed_memory() -> bool:
 
     glibc otherwise raises that threshold as buffers are freed and keeps them in a heap that
     fragments. This holds for the whole process from here on, and is what makes the peak memory of
-    training predictable; it costs page faults.
+    training predictable; it costs page faults. All threads share one heap, because glibc reserves
+    64 MB of address space for each further one, which an address limit counts.
 
     Returns:
         Whether the C library took the settings; others than glibc need none or take none.
@@ -24,7 +26,11 @@ def return_freed_memory() -> bool:
     mallopt = _of_c_library("mallopt")
     if mallopt is None:
         return False
-    wanted = ((_M_MMAP_THRESHOLD, _LARGE_BYTES), (_M_TRIM_THRESHOLD, _LARGE_BYTES))
+    wanted = (
+        (_M_MMAP_THRESHOLD, _LARGE_BYTES),
+        (_M_TRIM_THRESHOLD, _LARGE_BYTES),
+        (_M_ARENA_MAX, 1),
+    )
     return all(mallopt(name, value) == 1 for name, value in wanted)
 
 

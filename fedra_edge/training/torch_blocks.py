@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.ids import LayerId
-from fedra_edge.protocol.layers import HEAD, TensorKey
+from fedra_edge.protocol.layers import HEAD, TensorKey, layer_piece
 from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.tensors import FloatArray
@@ -119,11 +119,7 @@ def fill_block(
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    own = {
-        key.name: trained.get(str(key), torch.from_numpy(adapters[str(key)]))
-        for key in map(TensorKey.parse, adapters)
-        if key.layer_id == layer_id
-    }
+    own = _own_tensors(adapters, layer_piece(layer_id), trained)
     _fill(block, weights, own, f"layer {layer_id}")
 
 
@@ -147,11 +143,7 @@ def fill_head(
     Raises:
         SliceError: A tensor is missing, extra, or of another shape or dtype.
     """
-    own = {
-        key.name: trained.get(str(key), torch.from_numpy(adapters[str(key)]))
-        for key in map(TensorKey.parse, adapters)
-        if key.piece == HEAD
-    }
+    own = _own_tensors(adapters, HEAD, trained)
     frozen = {name: tensor for name, tensor in weights.items() if name not in own}
     _fill(head, frozen, own, "the head")
 
@@ -200,8 +192,9 @@ def _fill(
     missing = {name for name, _ in module.named_parameters()} - weights.keys() - own.keys()
     if missing:
         raise SliceError(f"{what} has missing tensors: {', '.join(sorted(missing)[:5])}")
+    device = next(iter(weights.values())).device
     for name, tensor in (*weights.items(), *own.items()):
-        _set_parameter(module, name, tensor)
+        _set_parameter(module, name, tensor.to(device))
 
 
 def _check_tensors(
@@ -216,6 +209,14 @@ def _check_tensors(
                 f"{what}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"not {torch.float32} {tuple(expected[name].shape)}"
             )
+
+
+def _own_tensors(
+    adapters: Mapping[str, FloatArray], piece: str, trained: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Give a piece's tensors of the adapter state, by their names inside the piece."""
+    keys = [key for key in map(TensorKey.parse, adapters) if key.piece == piece]
+    return {key.name: trained.get(str(key), torch.from_numpy(adapters[str(key)])) for key in keys}
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -82,13 +82,11 @@ class _BlockProbe:
         single, several = self._working_bytes(1), self._working_bytes(most)
         working = (several - single) // (most - 1) if most > 1 else single
         kept = self._kept_bytes(most)
-        forward = self._forward_bytes(most)
         for parameter in self._block.parameters():
             parameter.requires_grad = False
         return BlockMemory(
             idle_bytes=0,
             fixed_bytes=max(0, single - working),
-            forward_bytes=forward // most,
             working_bytes=max(0, working),
             kept_bytes=kept // most,
             kept_frozen_bytes=self._kept_bytes(most) // most,
@@ -97,11 +95,6 @@ class _BlockProbe:
     def _working_bytes(self, examples: int) -> int:
         hidden, gradient = self._random(examples), self._random(examples).detach()
         return _growth(lambda: pull((self._run(hidden),), (gradient,)))
-
-    def _forward_bytes(self, examples: int) -> int:
-        hidden = self._random(examples).detach()
-        with torch.no_grad():
-            return _growth(lambda: self._run(hidden))
 
     def _kept_bytes(self, examples: int) -> int:
         """Weigh what is alive between forward and backward, the output not counted."""

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.training.prefetching import prefetch
 from fedra_edge.training.torch_blocks import (
     build_block,
     build_head,
@@ -29,11 +28,11 @@ from fedra_edge.training.torch_blocks import (
     fill_head,
     fill_stem,
     find_context,
-    read_piece,
 )
 from fedra_edge.training.torch_lora import pull_linear
 from fedra_edge.training.torch_pieces import Context
 from fedra_edge.training.torch_pulling import pull
+from fedra_edge.training.torch_reading import PieceReader
 from fedra_edge.training.torch_slice import Entering
 from fedra_edge.training.trainer import SliceWork
 
@@ -59,7 +58,8 @@ class StreamedSlice:
         self._block = build_block(work.spec, work.manifest.adapter)
         self._stem = build_stem(work.spec)
         self._head = build_head(work.spec)
-        fill_head(self._head, self._read(HEAD), work.adapters, trained)
+        self._pieces = PieceReader(work.weights, device)
+        fill_head(self._head, self._pieces.read(HEAD), work.adapters, trained)
         layer_ids = work.manifest.layer_ids
         first_trained = layer_ids.index(work.manifest.trained_layer_ids[0])
         self._prefix, self._suffix = layer_ids[:first_trained], layer_ids[first_trained:]
@@ -67,8 +67,8 @@ class StreamedSlice:
     @torch.no_grad()
     def enter(self, inputs: Iterable[Tensor]) -> list[Entering]:
         """Bring micro-batches to the lowest trained layer, all through one block at a time."""
-        fill_stem(self._stem, self._read(STEM))
-        self._prefetch((*self._prefix, self._suffix[0])[0])
+        first = layer_piece((*self._prefix, *self._suffix)[0])
+        fill_stem(self._stem, self._pieces.read(STEM, first))
         contexts, hidden = [], []
         for batch in inputs:
             on_device = batch.to(self._device)
@@ -150,13 +150,6 @@ class StreamedSlice:
 
     def _load(self, layer_id: LayerId, following: LayerId | None) -> None:
         """Put a layer's weights, still in their file, into the block in place of the last ones."""
-        weights = self._read(layer_piece(layer_id))
+        following_piece = None if following is None else layer_piece(following)
+        weights = self._pieces.read(layer_piece(layer_id), following_piece)
         fill_block(self._block, weights, self._work.adapters, layer_id, self._trained)
-        if following is not None:
-            self._prefetch(following)
-
-    def _prefetch(self, layer_id: LayerId) -> None:
-        prefetch(self._work.weights[layer_piece(layer_id)])
-
-    def _read(self, piece: str) -> dict[str, Tensor]:
-        return read_piece(self._work.weights[piece], self._device)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from fedra_edge.protocol.devices import Backend, BlockMemory
+from fedra_edge.protocol.devices import Backend, BlockMemory, Calibration
 from fedra_edge.protocol.footprint import MemoryPlan
+from fedra_edge.protocol.ids import ModelId
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, TensorInfo
@@ -135,6 +136,17 @@ class BlockCost:
     forward_s: float
     backward_s: float
     memory: BlockMemory
+
+    def calibration(self, model_id: ModelId, train: int, held_out: int) -> Calibration:
+        """Put it beside the number of local examples, as the server is told."""
+        return Calibration(
+            model_id=model_id,
+            forward_s=self.forward_s,
+            backward_s=self.backward_s,
+            memory=self.memory,
+            train_examples=train,
+            held_out_examples=held_out,
+        )
 
 
 class Trainer(Protocol):

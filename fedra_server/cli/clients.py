@@ -79,5 +79,4 @@ def _summary(client: ClientRecord, place: Workplace) -> dict[str, JsonValue]:
 def _state(client: ClientRecord, heartbeat_timeout_s: float) -> str:
     if client.has_left:
         return "left"
-    is_silent = time.time() - client.last_seen_at > heartbeat_timeout_s
-    return "online" if client.is_online and not is_silent else "offline"
+    return "online" if client.is_there(time.time() - heartbeat_timeout_s) else "offline"

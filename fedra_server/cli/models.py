@@ -95,9 +95,13 @@ def list_models(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) ->
     )
 
 
-@app.command(epilog=example("model show vit"))
+@app.command(epilog=example("model show vit --spec > model.json"))
 def show(
     name: Annotated[str, typer.Argument(help="Name of a registered model.")],
+    whole_spec: Annotated[
+        bool,
+        typer.Option("--spec", help="Print the description that `fedra-edge profile` takes."),
+    ] = False,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
@@ -105,6 +109,9 @@ def show(
     with open_workplace(home) as place:
         record = place.store.model_by_name(name)
         summary = _summary(record, place.blobs)
+    if whole_spec:
+        tell_json(record.spec)
+        return
     if as_json:
         tell_json(summary)
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 
 from fedra_server.cli.output import format_bytes, format_layers, format_time, tell_table
-from fedra_server.reporting import READY, OpenRoundReport, RunReport
+from fedra_server.reporting import READY, DeltaReport, OpenRoundReport, RunReport
 from fedra_server.runs import RunState
 
 
@@ -94,4 +96,28 @@ def _tell_clients(report: RunReport) -> None:
             for it in report.clients
         ],
         empty="None took part yet.",
+    )
+    latest = [(it.name, it.last_delta) for it in report.clients if it.last_delta is not None]
+    if latest:
+        typer.echo("\nLatest deltas")
+        _tell_deltas(latest)
+
+
+def _tell_deltas(latest: Sequence[tuple[str, DeltaReport]]) -> None:
+    """Print the memory that was promised beside what was measured, and where a plan shrank."""
+    tell_table(
+        ["CLIENT", "ROUND", "RESIDENCY", "AT ONCE", "PROMISE", "PEAK MEMORY", "STEPPED DOWN"],
+        [
+            [
+                name,
+                it.round_number,
+                it.residency,
+                it.micro_batch,
+                format_bytes(it.predicted_peak_bytes),
+                format_bytes(it.peak_memory_bytes),
+                "; ".join(it.step_downs) or "no",
+            ]
+            for name, it in latest
+        ],
+        empty="",
     )

@@ -16,6 +16,7 @@ from fedra_edge.protocol.ids import RunId
 from fedra_server.cli import run_options as options
 from fedra_server.cli.names import checked_name
 from fedra_server.cli.output import format_time, tell_json, tell_table
+from fedra_server.cli.run_plan import tell_preview
 from fedra_server.cli.run_status import tell_report
 from fedra_server.cli.workplace import (
     DEFAULT_HOME,
@@ -27,6 +28,7 @@ from fedra_server.cli.workplace import (
     open_workplace,
 )
 from fedra_server.errors import ConflictError
+from fedra_server.previewing import preview_round
 from fedra_server.reporting import report_run
 from fedra_server.runs import RunSpec, RunState
 from fedra_server.storage.records import ModelRecord, RunRecord
@@ -128,18 +130,44 @@ def list_runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> N
     )
 
 
+@app.command(epilog=example("run plan digits --explain"))
+def plan(
+    name: NameArgument,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also what each client's work follows from.")
+    ] = False,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the next round would give each client known now, and why not more.
+
+    Nothing is changed. Clients that are offline are shown with what they would get. The JSON
+    document always explains.
+    """
+    with open_workplace(home) as place:
+        preview = preview_round(place.store.run_history(name), _seen_since(place))
+    if as_json:
+        tell_json(preview)
+    else:
+        tell_preview(preview, explain=explain)
+
+
 @app.command(epilog=example("run status digits --json"))
 def status(
     name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
 ) -> None:
     """Show the round, who it waits for, accuracy and costs."""
     with open_workplace(home) as place:
-        seen_since = time.time() - place.config.heartbeat_timeout_s
-        report = report_run(place.store.run_history(name), seen_since)
+        report = report_run(place.store.run_history(name), _seen_since(place))
     if as_json:
         tell_json(report)
     else:
         tell_report(report)
+
+
+def _seen_since(place: Workplace) -> float:
+    """Give the moment before which a client that was last seen counts as gone."""
+    return time.time() - place.config.heartbeat_timeout_s
 
 
 def _add_run(

@@ -8,6 +8,7 @@ from sqlalchemy import select
 
 from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.ids import ClientId
+from fedra_server.choosing import Population
 from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
 from fedra_server.storage.clients import find_calibrations
@@ -44,6 +45,11 @@ class RunHistory:
     clients: list[ClientRecord]
     calibrations: dict[ClientId, Calibration]
     busy_elsewhere: frozenset[ClientId]
+
+    def population(self, seen_since: float) -> Population:
+        """Give the members at that moment; work of this very run keeps nobody busy."""
+        members = [client for client in self.clients if not client.has_left]
+        return Population(members, self.calibrations, self.busy_elsewhere, seen_since)
 
 
 class RunHistories(Database):

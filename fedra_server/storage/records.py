@@ -26,6 +26,10 @@ class ClientRecord:
     is_online: bool
     has_left: bool
 
+    def is_there(self, seen_since: float) -> bool:
+        """Tell whether it is a member, said it is online, and has shown so since a moment."""
+        return self.is_online and not self.has_left and self.last_seen_at >= seen_since
+
 
 @dataclass(frozen=True)
 class ModelRecord:

@@ -27,7 +27,7 @@ from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.config import ServerConfig
 from tests.contract.conftest import Participants
-from tests.support.builders import make_profile
+from tests.support.builders import make_block_memory, make_profile
 from tests.support.headquarters import (
     PROTOCOL,
     Headquarters,
@@ -198,6 +198,7 @@ def test_a_time_that_no_clock_can_measure_is_refused(hq: Headquarters, site: Sit
         model_id=hq.spec.model_id,
         forward_s=0.0,
         backward_s=1e-9,
+        memory=make_block_memory(),
         train_examples=1,
         held_out_examples=0,
     )

@@ -13,7 +13,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from fedra_server.exporting import export_revision
 from fedra_server.modelbook.registering import register_model
 from fedra_server.storage.blobs import BlobStore
-from tests.support.memory_limits import memory_group, run_limited
+from tests.support.memory_groups import limited_group
+from tests.support.memory_limits import run_limited
 from tests.support.sites import write_folder
 from tests.support.tiny_vit import ADAPTER, LABELS, TinyVit, put_revision, random_tensors
 
@@ -88,8 +89,8 @@ def test_prediction_needs_little_more_address_space_for_a_large_model(
 def test_prediction_works_in_a_group_with_less_memory_than_the_model(
     large: Path, images: Path, expected: str
 ) -> None:
-    with memory_group(GROUP_BYTES) as group:
-        done = run_limited("predict", "--export", large, "--data", images, group=group)
+    with limited_group(GROUP_BYTES) as group:
+        done = run_limited("predict", "--export", large, "--data", images, launcher=group.launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected
 
@@ -98,7 +99,9 @@ def test_evaluation_works_in_a_group_with_less_memory_than_the_model(
     large: Path, images: Path
 ) -> None:
     data = images.parent.parent
-    with memory_group(GROUP_BYTES) as group:
-        done = run_limited("evaluate", "--export", large, "--data", data, "--json", group=group)
+    with limited_group(GROUP_BYTES) as group:
+        done = run_limited(
+            "evaluate", "--export", large, "--data", data, "--json", launcher=group.launcher
+        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_examples"] == 3 * len(list(images.iterdir()))

@@ -143,16 +143,20 @@ def make_manifest(**fields: object) -> SliceManifest:
     )
 
 
-def make_report(**fields: object) -> TrainingReport:
+def make_training_report(**fields: object) -> TrainingReport:
+    """Report a short, successful training."""
     return TrainingReport.model_validate(
         {
-            "steps": 10,
+            "steps": 3,
             "first_loss": 2.0,
             "last_loss": 1.0,
-            "train_s": 3.0,
-            "peak_memory_bytes": 400 * 2**20,
-            "bytes_received": 10_000,
-            "bytes_sent": 2_000,
+            "train_s": 0.5,
+            "peak_memory_bytes": 10**8,
+            "predicted_peak_bytes": 11 * 10**7,
+            "residency": "resident",
+            "micro_batch": 8,
+            "bytes_received": 1000,
+            "bytes_sent": 1000,
             **fields,
         }
     )
@@ -165,7 +169,7 @@ def make_delta(assignment_id: str = "assignment-1", **fields: object) -> DeltaMa
             "sha256": make_digest(f"delta of {assignment_id}"),
             "size_bytes": 1_000,
             "num_examples": 100,
-            "report": make_report(),
+            "report": make_training_report(),
             **fields,
         }
     )
@@ -177,7 +181,6 @@ def make_block_memory(**fields: int) -> BlockMemory:
         {
             "idle_bytes": 10**8,
             "fixed_bytes": 10**6,
-            "forward_bytes": 2 * 10**6,
             "working_bytes": 5 * 10**6,
             "kept_bytes": 3 * 10**6,
             "kept_frozen_bytes": 2 * 10**6,
@@ -195,25 +198,6 @@ def make_calibration(spec: ModelSpec, **fields: object) -> Calibration:
             "memory": make_block_memory(),
             "train_examples": 100,
             "held_out_examples": 25,
-            **fields,
-        }
-    )
-
-
-def make_training_report(**fields: object) -> TrainingReport:
-    """Report a short, successful training."""
-    return TrainingReport.model_validate(
-        {
-            "steps": 3,
-            "first_loss": 2.0,
-            "last_loss": 1.0,
-            "train_s": 0.5,
-            "peak_memory_bytes": 10**8,
-            "predicted_peak_bytes": 11 * 10**7,
-            "residency": "resident",
-            "micro_batch": 8,
-            "bytes_received": 1000,
-            "bytes_sent": 1000,
             **fields,
         }
     )

@@ -1,8 +1,8 @@
 """A client process that makes a memory promise and keeps it, or not: the one under test.
 
 ``python -m tests.support.promised_training`` reads a ``Request`` as JSON from standard input; it
-measures the machine, calibrates, fits, trains a slice as the server would plan it, evaluates,
-and prints an ``Outcome``.
+measures the machine, calibrates, fits, trains a slice as the server would plan it, and prints an
+``Outcome``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 from pydantic import BaseModel
 
-from fedra_edge.data.dataset import Example
-from fedra_edge.data.matching import match_labels
+from fedra_edge.data.dataset import Example, TextExample
+from fedra_edge.data.matching import MatchedDataset, match_labels
+from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.guard import PromiseGuard
 from fedra_edge.memory_meter import measured_peak
 from fedra_edge.profiling import SiteCaps, measure_device, measure_usable_memory
@@ -23,16 +25,20 @@ from fedra_edge.protocol.fitting import DepthPolicy, Machine, Terms, Work, fit_w
 from fedra_edge.protocol.footprint import MemoryPlan, SliceShape
 from fedra_edge.protocol.ids import AssignmentId, RevisionNumber, RoundNumber
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.protocol.models import AdapterSpec, ImageInput, ModelSpec
+from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec, TokenInput
 from fedra_edge.protocol.slices import LayerRole, RevisionManifest, SliceManifest, TrainingSpec
 from fedra_edge.training import load_trainer
-from fedra_edge.training.trainer import SliceWork, Surroundings
+from fedra_edge.training.trainer import SliceWork, Surroundings, Trainer
 
 STEPS = 2
+WORDS = ("the", "pump", "drips", "oil", "again", "since", "monday")
 
 
 class Request(BaseModel):
-    """What to train: a model by its spec and pieces, and which of its layers."""
+    """What to train: a model by its spec and pieces, and which of its layers.
+
+    ``memory_bytes`` is the site's own cap, beside the limits that the process runs under.
+    """
 
     spec: ModelSpec
     pieces: Path
@@ -46,12 +52,33 @@ class Request(BaseModel):
     seed: int
     memory_bytes: int | None = None
 
+    @property
+    def training(self) -> TrainingSpec:
+        return TrainingSpec.model_validate(
+            {"optimizer": self.optimizer, "batch_size": self.batch_size, "max_steps": STEPS}
+        )
+
+    @property
+    def adapter(self) -> AdapterSpec:
+        return AdapterSpec(rank=self.rank, targets=self.spec.default_targets)
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(self.adapter, self.training, 1e6, self.depth, self.max_layers)
+
+    def file(self, ref: BlobRef) -> Path:
+        return self.pieces / ref.sha256[:2] / ref.sha256
+
 
 class Outcome(BaseModel):
-    """What was promised and what it took."""
+    """What was promised and what it took.
+
+    ``unbacked_bytes`` is address space that the idle process has and does not occupy.
+    """
 
     reason: str
     usable_bytes: int
+    unbacked_bytes: int
     memory: BlockMemory
     predicted_bytes: int = 0
     measured_bytes: int = 0
@@ -61,22 +88,26 @@ class Outcome(BaseModel):
     last_loss: float = 0.0
 
 
-class NoiseImages:
-    """Random images that cost no memory: each is drawn when it is looked at."""
+class Noise:
+    """Random examples that cost no memory: each is drawn when it is looked at."""
 
-    def __init__(self, size: int, labels: tuple[str, ...], side_px: int) -> None:
-        self._size, self._labels, self._side_px = size, labels, side_px
+    def __init__(self, spec: ModelSpec, size: int) -> None:
+        self._spec, self._size = spec, size
 
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> Example:
-        generator = np.random.default_rng(index)
-        image = generator.integers(0, 256, (self._side_px, self._side_px, 3), dtype=np.uint8)
-        return Example(image, self.label_of(index))
+    def __getitem__(self, index: int) -> Example | TextExample:
+        wanted, generator = self._spec.input, np.random.default_rng(index)
+        if isinstance(wanted, ImageInput):
+            side_px = wanted.size_px
+            image = generator.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+            return Example(image, self.label_of(index))
+        words = generator.choice(WORDS, wanted.max_tokens).tolist()
+        return TextExample(" ".join(words), self.label_of(index))
 
     def label_of(self, index: int) -> str:
-        return self._labels[index % len(self._labels)]
+        return self._spec.labels[index % len(self._spec.labels)]
 
     def key_of(self, index: int) -> str:
         return str(index)
@@ -85,11 +116,9 @@ class NoiseImages:
         return False
 
 
-def slice_of(
-    request: Request, work: Work, adapter: AdapterSpec, layers: tuple[LayerRole, ...]
-) -> SliceWork:
+def slice_of(request: Request, work: Work, layers: tuple[LayerRole, ...]) -> SliceWork:
     """Make the planned slice ready, with random adapters."""
-    spec = request.spec
+    spec, adapter = request.spec, request.adapter
     head = spec.head.weights
     manifest = SliceManifest(
         assignment_id=AssignmentId("promise"),
@@ -100,7 +129,7 @@ def slice_of(
             number=RevisionNumber(0), layers=(head,) * spec.num_layers, head=head
         ),
         adapter=adapter,
-        training=_training(request),
+        training=request.training,
         layers=layers,
         depth=work.depth,
         residency=work.plan.residency,
@@ -118,46 +147,32 @@ def slice_of(
     }
     refs = {layer_piece(i): spec.layers[i].weights for i in manifest.layer_ids}
     refs |= {STEM: spec.stem.weights, HEAD: head}
-    files = {piece: request.pieces / ref.sha256[:2] / ref.sha256 for piece, ref in refs.items()}
+    files = {piece: request.file(ref) for piece, ref in refs.items()}
     return SliceWork(spec, manifest, files, adapters)
-
-
-def _training(request: Request) -> TrainingSpec:
-    return TrainingSpec.model_validate(
-        {"optimizer": request.optimizer, "batch_size": request.batch_size, "max_steps": STEPS}
-    )
 
 
 def run(request: Request) -> Outcome:
     """Do what a client does between joining and sending its delta."""
-    spec = request.spec
     trainer = load_trainer()
     caps = SiteCaps(memory_bytes=request.memory_bytes)
     profile = measure_device(backend=trainer.backend, home=request.scratch, caps=caps)
-    cost = trainer.calibrate(spec)
-    calibration = Calibration(
-        model_id=spec.model_id,
-        forward_s=cost.forward_s,
-        backward_s=cost.backward_s,
-        memory=cost.memory,
-        train_examples=request.num_examples,
-        held_out_examples=0,
+    data = _data(request)
+    calibration = _calibrated(trainer, request)
+    own = psutil.Process().memory_info()
+    outcome = Outcome(
+        reason="",
+        usable_bytes=profile.memory_bytes,
+        unbacked_bytes=own.vms - own.rss,
+        memory=calibration.memory,
     )
-    adapter = AdapterSpec(rank=request.rank, targets=spec.default_targets)
-    terms = Terms(adapter, _training(request), 1e6, request.depth, request.max_layers)
-    fit = fit_work(profile, calibration, spec, terms)
-    usable_bytes = profile.memory_bytes
+    machine = Machine(profile, calibration, request.spec, request.terms)
+    fit = fit_work(profile, calibration, request.spec, request.terms)
     if not isinstance(fit, Work):
-        return Outcome(reason=fit.reason, usable_bytes=usable_bytes, memory=cost.memory)
+        return outcome.model_copy(update={"reason": fit.reason})
     layers = _drawn(request, fit)
-    machine = Machine(profile, calibration, spec, terms)
     shape = SliceShape.of(layers)
-    drawn = machine.drawn(fit, shape)
-    work = slice_of(request, drawn, adapter, layers)
+    work = slice_of(request, machine.drawn(fit, shape), layers)
     guard = PromiseGuard(machine.footprint(shape), lambda: measure_usable_memory(caps))
-    assert isinstance(spec.input, ImageInput)
-    side_px = spec.input.size_px
-    data = match_labels(NoiseImages(request.num_examples, spec.labels, side_px), spec.labels)
     surroundings = Surroundings(
         on_step=lambda *_: None,
         should_stop=lambda: False,
@@ -167,16 +182,35 @@ def run(request: Request) -> Outcome:
     )
     with measured_peak() as meter:
         trained = trainer.train(work, data, surroundings)
-    return Outcome(
-        reason=drawn.reason,
-        usable_bytes=usable_bytes,
-        predicted_bytes=guard.promised_bytes,
-        measured_bytes=meter.peak_bytes,
-        plan=trained.plan,
+    told = {
+        "reason": fit.reason,
+        "predicted_bytes": guard.promised_bytes,
+        "measured_bytes": meter.peak_bytes,
+        "plan": trained.plan,
+        "step_downs": tuple(guard.step_downs),
+        "first_loss": trained.first_loss,
+        "last_loss": trained.last_loss,
+    }
+    return outcome.model_copy(update=told)
+
+
+def _data(request: Request) -> MatchedDataset:
+    spec, wanted = request.spec, request.spec.input
+    tokenizer = None
+    if isinstance(wanted, TokenInput):
+        tokenizer = TextTokenizer(request.file(wanted.tokenizer), wanted)
+    return match_labels(Noise(spec, request.num_examples), spec.labels, tokenizer)
+
+
+def _calibrated(trainer: Trainer, request: Request) -> Calibration:
+    cost = trainer.calibrate(request.spec)
+    return Calibration(
+        model_id=request.spec.model_id,
+        forward_s=cost.forward_s,
+        backward_s=cost.backward_s,
         memory=cost.memory,
-        step_downs=tuple(guard.step_downs),
-        first_loss=trained.first_loss,
-        last_loss=trained.last_loss,
+        train_examples=request.num_examples,
+        held_out_examples=0,
     )
 
 

@@ -17,7 +17,7 @@ from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import ClientStatus, DeltaReceipt, UploadStatus
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Stop
-from tests.support.builders import make_report
+from tests.support.builders import make_training_report
 from tests.support.edge_site import PATIENCE_S, CountingTrainer, MemoryDataset
 from tests.support.wire_server import Received, Reply, serving
 
@@ -66,7 +66,7 @@ def settings_with_a_waiting_delta(url: str, home: Path) -> EdgeConfig:
     config = load_config({"server": url, "home": home})
     IdentityFile(config.membership, config.server).save(Identity(ClientId("c1"), "secret"))
     outbox = Outbox(config.outbox)
-    outbox.put(AssignmentId("a1"), DELTA, num_examples=1, report=make_report())
+    outbox.put(AssignmentId("a1"), DELTA, num_examples=1, report=make_training_report())
     return config
 
 

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedra_edge.accelerators import list_accelerators
 from fedra_edge.cgroups import GroupLimit, GroupLimits, read_group_limits
+from fedra_edge.memory_meter import resident_bytes
 from fedra_edge.profiling import (
     MemoryState,
     SiteCaps,
     measure_device,
-    peak_memory_bytes,
     usable_cpus,
     usable_disk,
     usable_memory,
@@ -167,16 +166,9 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
     caps = SiteCaps(memory_bytes=512_000_000, max_layers=3)
     profile = measure_device(backend="torch", home=tmp_path, caps=caps)
     assert profile.memory_bytes <= 512_000_000
-    assert 0 < profile.baseline_bytes <= peak_memory_bytes()
+    assert profile.baseline_bytes == pytest.approx(resident_bytes(), rel=0.2)
     assert profile.max_layers == 3
     assert profile.cpu_count > 0
-
-
-def test_the_peak_of_memory_grows_with_what_is_used() -> None:
-    before = peak_memory_bytes()
-    assert np.ones(40_000_000).sum() == 40_000_000
-    assert peak_memory_bytes() >= before
-    assert peak_memory_bytes() > 200_000_000
 
 
 class DriverError(Exception):

@@ -23,7 +23,7 @@ from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
 from fedra_server.config import ServerConfig
 from fedra_server.runs import AssignmentState
-from tests.support.builders import make_report
+from tests.support.builders import make_training_report
 from tests.support.disks import fill, small_disk
 from tests.support.edge_site import (
     PATIENCE_S,
@@ -202,7 +202,7 @@ def test_a_delta_that_nobody_waits_for_is_kept_apart(
 ) -> None:
     config = settings(hq, tmp_path, None)
     outbox = Outbox(config.outbox)
-    outbox.put(AssignmentId("long-gone"), b"x" * 100, num_examples=1, report=make_report())
+    outbox.put(AssignmentId("long-gone"), b"x" * 100, num_examples=1, report=make_training_report())
     with (
         caplog.at_level(logging.WARNING),
         EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()),

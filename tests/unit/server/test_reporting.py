@@ -21,10 +21,10 @@ from tests.support.builders import (
     make_evaluation,
     make_model_spec,
     make_profile,
-    make_report,
     make_revision,
     make_round,
     make_run,
+    make_training_report,
 )
 
 ONE, TWO, THREE = (ClientId(f"client-{number}") for number in (1, 2, 3))
@@ -38,7 +38,9 @@ def layers(*trained: int) -> list[dict[str, object]]:
 def make_history() -> RunHistory:
     """Give a run with two published rounds and an open one; client 3 took no part."""
     first = make_assignment("a1", ONE, state=MERGED, layers=layers(0, 1), depth="reduced")
-    heavy = make_report(last_loss=3.0, peak_memory_bytes=900, bytes_sent=5, bytes_received=7)
+    heavy = make_training_report(
+        last_loss=3.0, peak_memory_bytes=900, bytes_sent=5, bytes_received=7
+    )
     second = replace(
         make_assignment("a2", ONE, round_number=2, state=MERGED, layers=layers(1, 2)),
         delta=make_delta("a2", num_examples=300, report=heavy),
@@ -138,7 +140,7 @@ def test_accuracy_is_pooled_over_the_examples_of_all_sites() -> None:
 
 def test_costs_are_summed_per_client_and_memory_is_the_highest() -> None:
     one, two = report_run(make_history()).clients
-    usual = make_report()
+    usual = make_training_report()
     assert one.client_id == ONE
     assert (one.rounds_merged, one.layers_trained, one.num_examples) == (2, 4, 400)
     assert one.bytes_sent == usual.bytes_sent + 5
