@@ -1,5 +1,7 @@
 """The command line of fedra-edge; every command is a few calls of the library."""
 
+# ruff: noqa: ARG001 - typer reads the options of a run off the signature, the context holds them
+
 from __future__ import annotations
 
 import contextlib
@@ -8,6 +10,7 @@ import platform
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -29,19 +32,8 @@ from fedra_edge.errors import (
 from fedra_edge.exit_codes import EXIT_CODES_HELP, exit_code_of
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import Identity, IdentityFile, known_servers
-from fedra_edge.options import (
-    Backend,
-    Export,
-    Home,
-    Json,
-    MaxLayers,
-    Memory,
-    Server,
-    Verbose,
-    run_options,
-)
+from fedra_edge.options import Backend, Export, Home, Json, MaxLayers, Memory, Server, Verbose
 from fedra_edge.outbox import Outbox
-from fedra_edge.profiling import measure_device
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_edge.retrying import FEW_TIMES, Retrier
 from fedra_edge.transport import Transport, open_http_client
@@ -124,15 +116,15 @@ def profile(
     max_layers: MaxLayers = None,
     backend: Backend = None,
     model: options.Model = None,
-    data: options.Data = None,  # noqa: ARG001 - the context holds what describes a run
-    examples: options.Examples = None,  # noqa: ARG001
-    rank: options.Rank = None,  # noqa: ARG001
-    batch_size: options.BatchSize = None,  # noqa: ARG001
-    local_epochs: options.LocalEpochs = None,  # noqa: ARG001
-    max_steps: options.MaxSteps = None,  # noqa: ARG001
-    optimizer: options.Optimizer = None,  # noqa: ARG001
-    depth: options.Depth = None,  # noqa: ARG001
-    deadline: options.Deadline = None,  # noqa: ARG001
+    data: options.Data = None,
+    examples: options.Examples = None,
+    rank: options.Rank = None,
+    batch_size: options.BatchSize = None,
+    local_epochs: options.LocalEpochs = None,
+    max_steps: options.MaxSteps = None,
+    optimizer: options.Optimizer = None,
+    depth: options.Depth = None,
+    deadline: options.Deadline = None,
     as_json: Json = False,
 ) -> None:
     """Show what this machine would tell a server, and with --server whether it answers.
@@ -143,9 +135,15 @@ def profile(
     output = Output(as_json=as_json)
     chosen = options.run_options(context.params)
     with _reported(output):
+        from fedra_edge.promising import measure_profile, measure_promise
+
         site = {"home": home, "memory_bytes": memory, "max_layers": max_layers}
         config = load_site_config({**site, "backend": backend})
-        values = _device(config) if model is None else promised(model, chosen, config, output)
+        if model is None:
+            values = measure_profile(config).model_dump()
+        else:
+            output.note("measuring this machine, and a block of the model on it")
+            values = asdict(measure_promise(model, chosen, config))
         if server is not None:
             with _connected(load_config({**site, "server": server}), None) as api:
                 values["server"] = api.health().model_dump()

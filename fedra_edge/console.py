@@ -15,6 +15,7 @@ from fedra_edge.exit_codes import exit_code_of
 from fedra_edge.progress import ClientProgress, Phase
 
 _STEP_EVERY_S: Final = 2.0
+_KILOBYTE: Final = 1000
 _OF_A_ROUND: Final = frozenset({Phase.DOWNLOADING, Phase.TRAINING})
 
 
@@ -31,10 +32,10 @@ class Output:
         if self._as_json:
             self._write_json(values)
             return
-        width = max(len(name) for name in values)
+        labels = {name: _label(name) for name in values}
+        width = max(map(len, labels.values()))
         for name, value in values.items():
-            text = name.replace("_", " ").ljust(width)
-            self._out.print(f"{text}  {_readable(name, value)}", markup=False)
+            self._out.print(f"{labels[name]:<{width}}  {_readable(name, value)}", markup=False)
 
     def fail(self, error: Exception) -> None:
         """Show an error and what to do about it."""
@@ -127,13 +128,30 @@ def _sentence(progress: ClientProgress) -> str:
     return "  ".join(parts)
 
 
+def _label(name: str) -> str:
+    """Name a value without its unit, which stands behind the number."""
+    return name.removesuffix("_bytes").removesuffix("_s").replace("_", " ")
+
+
 def _readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
-        return f"{value / 2**20:,.0f} MiB"
+        return _size(value)
+    if name.endswith("_s") and isinstance(value, float):
+        return f"{value:.3g} s"
     if name == "accuracy" and isinstance(value, float):
         return f"{value:.1%}"
     if isinstance(value, list | tuple):
         return ", ".join(_readable("", item) for item in value) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_readable(str(key), item)}" for key, item in value.items())
-    return "none" if value is None else str(value)
+    return "none" if value is None or value == "" else str(value)
+
+
+def _size(size_bytes: int) -> str:
+    """Write a number of bytes in powers of 1000, as the options take it."""
+    amount = size_bytes / _KILOBYTE
+    for unit in ("KB", "MB"):
+        if amount < _KILOBYTE:
+            return f"{amount:.1f} {unit}"
+        amount /= _KILOBYTE
+    return f"{amount:,.1f} GB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from fedra_edge.api import ServerApi
@@ -30,7 +31,7 @@ from fedra_edge.heartbeats import Heartbeats
 from fedra_edge.layer_cache import LayerCache
 from fedra_edge.memory_meter import PeakMeter, measured_peak
 from fedra_edge.outbox import Outbox
-from fedra_edge.profiling import measure_usable_memory, usable_disk
+from fedra_edge.profiling import measure_usable_memory, unbacked_bytes, usable_disk
 from fedra_edge.progress import Phase, ProgressBoard
 from fedra_edge.protocol.deltas import TrainingReport
 from fedra_edge.protocol.footprint import Footprint, SliceShape
@@ -197,7 +198,8 @@ class Participation:
         footprint = Footprint(
             self._spec(model_id), manifest.adapter, manifest.training, cost.memory, shape
         )
-        return PromiseGuard(footprint, self._usable_memory)
+        caps = self._equipment.config.caps
+        return PromiseGuard(footprint, partial(measure_usable_memory, caps, unbacked_bytes()))
 
     def _usable_memory(self) -> int:
         return measure_usable_memory(self._equipment.config.caps)

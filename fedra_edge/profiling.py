@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -80,9 +80,28 @@ def measure_device(
     )
 
 
-def measure_usable_memory(caps: SiteCaps, root: Path = Path("/")) -> int:
-    """Measure the most that this process may occupy now."""
-    return usable_memory(_memory_state(), read_group_limits(root), caps)
+def measure_usable_memory(
+    caps: SiteCaps, most_unbacked_bytes: int | None = None, *, root: Path = Path("/")
+) -> int:
+    """Measure the most that this process may occupy now.
+
+    Args:
+        caps: The site's own limits.
+        most_unbacked_bytes: What ``unbacked_bytes`` gave before weights were mapped. Those count
+            as occupied when a slice's memory is predicted, whether they have been read or not.
+        root: The file system to read control groups from.
+    """
+    state = _memory_state()
+    if most_unbacked_bytes is not None:
+        virtual_bytes = min(state.virtual_bytes, state.resident_bytes + most_unbacked_bytes)
+        state = replace(state, virtual_bytes=virtual_bytes)
+    return usable_memory(state, read_group_limits(root), caps)
+
+
+def unbacked_bytes() -> int:
+    """Give the address space that this process has and does not occupy."""
+    own = psutil.Process().memory_info()
+    return max(0, int(own.vms - own.rss))
 
 
 def usable_memory(state: MemoryState, limits: GroupLimits, caps: SiteCaps) -> int:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from fedra_edge.client import load_configured_trainer
 from fedra_edge.config import SiteConfig
 from fedra_edge.data.dataset import HELD_OUT_PERCENT
+from fedra_edge.data.matching import match_labels
+from fedra_edge.data.opening import open_dataset
+from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.errors import ConfigurationError
+from fedra_edge.exports import open_tokenizer, read_model_description
 from fedra_edge.profiling import measure_device
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.fitting import Machine, Terms, Unfit, fit_work
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec, TokenInput
 from fedra_edge.protocol.slices import Depth, Residency, TrainingSpec
-from fedra_edge.protocol.tensors import file_bytes
-
-if TYPE_CHECKING:
-    from fedra_edge.data.dataset import LocalDataset
+from fedra_edge.protocol.tensors import tensor_file_bytes
+from fedra_edge.training.trainer import Trainer
 
 DEADLINE_S: Final = 600.0
 """A round's deadline, where headquarters chooses no other."""
@@ -54,7 +57,7 @@ class Promise:
     depth: Depth
     residency: Residency
     trained_layers: int
-    num_layers: int
+    model_layers: int
     micro_batch: int
     walk_batch: int
     predicted_peak_bytes: int
@@ -77,36 +80,47 @@ def terms_of(spec: ModelSpec, chosen: Mapping[str, Any]) -> Terms:
     return Terms(
         adapter=AdapterSpec.model_validate(adapter),
         training=TrainingSpec.model_validate(training),
-        deadline_s=chosen.get("deadline_s", DEADLINE_S),
+        deadline_s=chosen.get("deadline", DEADLINE_S),
         depth=chosen.get("depth", "auto"),
         max_layers=None,
     )
 
 
-def measure_promise(
-    spec: ModelSpec, terms: Terms, config: SiteConfig, data: LocalDataset | int, path: Path
-) -> Promise:
-    """Measure this machine, and one block of the model on it, as a client that joins does.
-
-    Args:
-        spec: The model.
-        terms: What the run asks for.
-        config: The site's own settings.
-        data: The local data, or how many examples there are to train on.
-        path: Where the model's description is, for the tokenizer beside it.
+def measure_profile(config: SiteConfig) -> DeviceProfile:
+    """Measure this machine with the training runtime loaded, as a client that joins does.
 
     Raises:
-        ConfigurationError: The machine cannot take part, or its texts cannot be counted.
+        BackendUnavailableError: The training runtime is missing or does not work.
+    """
+    return _measured(config)[1]
+
+
+def measure_promise(path: Path, chosen: Mapping[str, Any], config: SiteConfig) -> Promise:
+    """Measure this machine, and a block of a model on it, and plan what it would do in a round.
+
+    Args:
+        path: The model's description, or an exported model.
+        chosen: What is known of the run, and ``data`` or ``examples``, by their options' names.
+        config: The site's own settings.
+
+    Raises:
+        ConfigurationError: The machine cannot take part, or something is no description.
         DataError: No example can be used.
         BackendUnavailableError: The training runtime is missing or does not work.
     """
-    from fedra_edge.client import load_configured_trainer
-
-    trainer = load_configured_trainer(config)
-    profile = measure_device(backend=trainer.backend, home=config.home, caps=config.caps)
-    train, held_out = _count(data, spec, path)
-    cost = trainer.calibrate(spec)
-    return make_promise(profile, cost.calibration(spec.model_id, train, held_out), spec, terms)
+    spec = read_model_description(path)
+    terms = terms_of(spec, chosen)
+    dataset = open_dataset(chosen["data"]) if "data" in chosen else None
+    tokenizer = _tokenizer(path, spec) if dataset is not None else None
+    trainer, profile = _measured(config)
+    if dataset is None:
+        train = chosen.get("examples", EXAMPLES)
+        held_out = train * HELD_OUT_PERCENT // (100 - HELD_OUT_PERCENT)
+    else:
+        matched = match_labels(dataset, spec.labels, tokenizer)
+        train, held_out = len(matched.train_indices), len(matched.held_out_indices)
+    calibration = trainer.calibrate(spec).calibration(spec.model_id, train, held_out)
+    return make_promise(profile, calibration, spec, terms)
 
 
 def make_promise(
@@ -123,9 +137,7 @@ def make_promise(
     if isinstance(work, Unfit):
         raise _too_small(machine, work, need_bytes)
     evaluates = calibration.held_out_examples > 0
-    travelling = round_bytes(
-        spec, terms.adapter, work.depth, work.num_layers, evaluates=evaluates
-    )
+    travelling = round_bytes(spec, terms.adapter, work.depth, work.num_layers, evaluates=evaluates)
     return Promise(
         model=spec.name,
         memory_bytes=profile.memory_bytes,
@@ -133,7 +145,7 @@ def make_promise(
         depth=work.depth,
         residency=work.plan.residency,
         trained_layers=work.num_layers,
-        num_layers=spec.num_layers,
+        model_layers=spec.num_layers,
         micro_batch=work.plan.micro_batch,
         walk_batch=work.plan.walk_batch,
         predicted_peak_bytes=work.predicted_peak_bytes,
@@ -161,33 +173,32 @@ def round_bytes(
     if isinstance(spec.input, TokenInput):
         weights += spec.input.tokenizer.size_bytes
     adapters = [
-        file_bytes(spec.layer_adapter_shapes(adapter, layer_id)) for layer_id in spec.layer_ids
+        tensor_file_bytes(spec.layer_adapter_shapes(adapter, layer_id))
+        for layer_id in spec.layer_ids
     ]
-    later_down = sum(sorted(adapters, reverse=True)[:held]) + file_bytes(spec.head_shapes())
-    up = file_bytes(spec.delta_shapes(adapter, spec.layer_ids[-trained:]))
+    later_down = sum(sorted(adapters, reverse=True)[:held]) + tensor_file_bytes(spec.head_shapes())
+    up = tensor_file_bytes(spec.delta_shapes(adapter, spec.layer_ids[-trained:]))
     return RoundBytes(first_down=weights + later_down, later_down=later_down, up=up)
 
 
-def _count(data: LocalDataset | int, spec: ModelSpec, path: Path) -> tuple[int, int]:
-    """Count the examples to train on, and those held out for evaluation."""
-    if isinstance(data, int):
-        return data, data * HELD_OUT_PERCENT // (100 - HELD_OUT_PERCENT)
-    from fedra_edge.data.matching import match_labels
-    from fedra_edge.exports import open_tokenizer
+def _measured(config: SiteConfig) -> tuple[Trainer, DeviceProfile]:
+    trainer = load_configured_trainer(config)
+    return trainer, measure_device(backend=trainer.backend, home=config.home, caps=config.caps)
 
+
+def _tokenizer(path: Path, spec: ModelSpec) -> TextTokenizer | None:
     if isinstance(spec.input, TokenInput) and not path.is_dir():
         raise ConfigurationError(
             "texts cannot be counted without the model's tokenizer",
-            remedy="give --examples N instead of --data, or an exported model",
+            remedy="Give --examples N instead of --data, or an exported model.",
         )
-    matched = match_labels(data, spec.labels, open_tokenizer(path, spec))
-    return len(matched.train_indices), len(matched.held_out_indices)
+    return open_tokenizer(path, spec)
 
 
 def _too_small(machine: Machine, unfit: Unfit, need_bytes: int) -> ConfigurationError:
     missing_bytes = need_bytes - machine.profile.memory_bytes
-    more = f"{missing_bytes / _MEGABYTE:.0f} MB more: free memory, or raise the limit on it"
+    more = f"{missing_bytes / _MEGABYTE:.0f} MB more: free memory, or raise its limit"
     return ConfigurationError(
         f"this machine cannot train {machine.spec.name}: {unfit.reason}",
-        remedy=f"give it {more}" if missing_bytes > 0 else "ask for a longer deadline",
+        remedy=f"Give it {more}." if missing_bytes > 0 else "Ask for a longer deadline.",
     )

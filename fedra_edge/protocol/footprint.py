@@ -12,6 +12,9 @@ from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec, Piece
 from fedra_edge.protocol.slices import LayerRole, Residency, SliceManifest, TrainingSpec
 
+_GROWTH_BYTES: Final = 6 * 10**6
+"""What an idle client grows by between its calibration and its work: library pages, buffers."""
+
 _MARGIN: Final = 1.02
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
@@ -88,9 +91,8 @@ class Footprint:
             kept = (shape.trained - 1) * (memory.kept_bytes + extra)
             kept += frozen * memory.kept_frozen_bytes + shape.backward * boundary
             working += plan.micro_batch * kept
-        return int(
-            _MARGIN * (memory.idle_bytes + weights + walking + working + self._adapter_bytes())
-        )
+        idle = memory.idle_bytes + _GROWTH_BYTES
+        return int(_MARGIN * (idle + weights + walking + working + self._adapter_bytes()))
 
     def _extra_kept_bytes(self, boundary_bytes: int) -> int:
         """What a trained layer keeps per example for adapters the measured block does not have.

@@ -61,7 +61,7 @@ def serialize_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
 
 
-def file_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
+def tensor_file_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
     """Give the size of a safetensors file with these float32 tensors, without making it."""
     header, end = {}, 0
     for name, shape in sorted(shapes.items()):
@@ -111,8 +111,13 @@ def map_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
 
     Changes to the array stay in memory.
     """
-    mapped = np.memmap(path, _DTYPES[info.dtype], mode="c", offset=info.start, shape=info.shape)
+    mapped = map_stored(path, info)
     return _from_bfloat16(mapped) if info.dtype == _BF16 else mapped
+
+
+def map_stored(path: Path, info: TensorInfo) -> NDArray[Any]:
+    """Give one declared tensor as ``map_tensor`` does, but bfloat16 as its bits, in uint16."""
+    return np.memmap(path, _DTYPES[info.dtype], mode="c", offset=info.start, shape=info.shape)
 
 
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:

@@ -15,8 +15,6 @@ from typing import Any, Final, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedra_edge.errors import SliceError
@@ -24,7 +22,7 @@ from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, TensorKey, layer_piece
 from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
-from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.protocol.tensors import FloatArray, TensorInfo, map_stored, read_header
 from fedra_edge.training.torch_llama import LlamaBlock, LlamaHead, LlamaStem, real_tokens
 from fedra_edge.training.torch_lora import attach_adapter
 from fedra_edge.training.torch_pieces import Context, ResidualBlock, no_context
@@ -91,13 +89,21 @@ def build_block(spec: ModelSpec, adapter: AdapterSpec) -> ResidualBlock:
 def read_piece(path: Path, device: torch.device) -> dict[str, Tensor]:
     """Open a piece's weights; on the CPU they stay in the file until they are used.
 
+    Each tensor is a mapping of its own, so that a piece takes address space once.
+
     Raises:
         SliceError: The file is no safetensors file.
     """
     try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
+        infos = read_header(path)
+        return {name: _mapped(path, info).to(device) for name, info in infos.items()}
+    except ValueError as error:
         raise SliceError(f"{path.name} is no file of weights: {error}") from error
+
+
+def _mapped(path: Path, info: TensorInfo) -> Tensor:
+    stored = torch.from_numpy(map_stored(path, info))
+    return stored.view(torch.bfloat16) if info.dtype == "BF16" else stored
 
 
 def fill_block(
@@ -121,6 +127,12 @@ def fill_block(
     """
     own = _own_tensors(adapters, layer_piece(layer_id), trained)
     _fill(block, weights, own, f"layer {layer_id}")
+
+
+def restore(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put parameters back that a module had before it was filled, which lets go of its weights."""
+    for name, parameter in parameters.items():
+        _set_parameter(module, name, parameter)
 
 
 def fill_stem(stem: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -10,12 +10,14 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from fedra_edge.errors import MemoryShortError
 from fedra_edge.memory_meter import measured_peak, resident_bytes
 from fedra_edge.protocol.devices import BlockMemory
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec, TokenInput
 from fedra_edge.training.allocator import trim_heap
 from fedra_edge.training.torch_blocks import allocate, build_block, build_stem
 from fedra_edge.training.torch_pulling import pull
+from fedra_edge.training.torch_training import is_memory_shortage
 from fedra_edge.training.torch_vit import VitBlock, VitHead, VitSettings, VitStem
 from fedra_edge.training.trainer import BlockCost
 
@@ -33,10 +35,12 @@ def measure_block(spec: ModelSpec, device: torch.device) -> BlockCost:
 
     Times are medians of a few runs, per example. The number of examples at once adapts to the
     machine, so that the whole takes a second or two and little memory.
+
+    Raises:
+        MemoryShortError: Memory does not even suffice for one example.
     """
     probe = _BlockProbe(spec, device)
-    forward_s, backward_s = probe.times()
-    memory = probe.memory()
+    (forward_s, backward_s), memory = probe.measure()
     del probe
     trim_heap()
     return BlockCost(
@@ -54,15 +58,30 @@ class _BlockProbe:
         self._generator = torch.Generator(device).manual_seed(0)
         self._block = allocate(build_block(spec, AdapterSpec(targets=spec.default_targets)), device)
         with torch.no_grad():
-            for name, parameter in self._block.named_parameters():
+            for parameter in self._block.parameters():
                 parameter.uniform_(-_SPREAD, _SPREAD, generator=self._generator)
-                parameter.requires_grad = ".lora_" in name
         self._shape = _hidden_shape(spec, device)
         kept_bytes = max(1, spec.layers[0].cost.activation_bytes)
         self._most_examples = max(1, min(_MAX_EXAMPLES, _PROBE_BYTES // (2 * kept_bytes)))
 
+    def measure(self) -> tuple[tuple[float, float], BlockMemory]:
+        """Give times and memory, from fewer examples when memory runs out."""
+        while True:
+            try:
+                return self.times(), self.memory()
+            except (MemoryError, RuntimeError) as error:
+                if not is_memory_shortage(error):
+                    raise
+                if self._most_examples == 1:
+                    raise MemoryShortError(
+                        "there is not enough memory to measure one block of the model",
+                        remedy="Free memory on this machine, or raise the limit it runs under.",
+                    ) from error
+            self._most_examples //= 2
+
     def times(self) -> tuple[float, float]:
         """Give seconds per example, forward and backward."""
+        self._train_adapters(are_trained=True)
         started = time.perf_counter()
         self._time_once(1)  # warms caches and thread pools
         single_s = max(1e-6, sum(self._time_once(1)))
@@ -79,11 +98,11 @@ class _BlockProbe:
     def memory(self) -> BlockMemory:
         """Give what running the block takes, from a run with one example and one with more."""
         most = self._most_examples
+        self._train_adapters(are_trained=True)
         single, several = self._working_bytes(1), self._working_bytes(most)
         working = (several - single) // (most - 1) if most > 1 else single
         kept = self._kept_bytes(most)
-        for parameter in self._block.parameters():
-            parameter.requires_grad = False
+        self._train_adapters(are_trained=False)
         return BlockMemory(
             idle_bytes=0,
             fixed_bytes=max(0, single - working),
@@ -92,6 +111,10 @@ class _BlockProbe:
             kept_frozen_bytes=self._kept_bytes(most) // most,
         )
 
+    def _train_adapters(self, *, are_trained: bool) -> None:
+        for name, parameter in self._block.named_parameters():
+            parameter.requires_grad = are_trained and ".lora_" in name
+
     def _working_bytes(self, examples: int) -> int:
         hidden, gradient = self._random(examples), self._random(examples).detach()
         return _growth(lambda: pull((self._run(hidden),), (gradient,)))
@@ -99,6 +122,7 @@ class _BlockProbe:
     def _kept_bytes(self, examples: int) -> int:
         """Weigh what is alive between forward and backward, the output not counted."""
         hidden = self._random(examples)
+        trim_heap()
         before = resident_bytes()
         output = self._run(hidden)
         return max(0, resident_bytes() - before - output.nbytes)

@@ -50,7 +50,7 @@ class LocalTraining:
         self._device = device
         self._parameters = trained_parameters(work, device)
         self._plan = surroundings.guard.fitting(MemoryPlan.of(work.manifest))
-        self._loaded = load_slice(work, self._plan, self._parameters, device)
+        self._loaded = self._load_within_memory()
 
     def run(self) -> TrainedSlice:
         """Take all steps.
@@ -140,10 +140,21 @@ class LocalTraining:
 
     def _adopt(self, plan: MemoryPlan) -> None:
         """Go on with a plan; weights are loaded anew when they are to live elsewhere."""
-        if plan.residency != self._plan.residency:
-            del self._loaded
-            self._loaded = load_slice(self._work, plan, self._parameters, self._device)
+        is_elsewhere = plan.residency != self._plan.residency
         self._plan = plan
+        if is_elsewhere:
+            del self._loaded
+            self._loaded = self._load_within_memory()
+
+    def _load_within_memory(self) -> TrainableSlice:
+        """Load the slice as planned, or with a smaller plan when memory runs out."""
+        while True:
+            try:
+                return load_slice(self._work, self._plan, self._parameters, self._device)
+            except (MemoryError, RuntimeError, OSError) as error:
+                if not is_memory_shortage(error):
+                    raise
+            self._plan = self._surroundings.guard.smaller(self._plan)
 
 
 def load_slice(

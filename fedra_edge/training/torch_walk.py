@@ -28,6 +28,7 @@ from fedra_edge.training.torch_blocks import (
     fill_head,
     fill_stem,
     find_context,
+    restore,
 )
 from fedra_edge.training.torch_lora import pull_linear
 from fedra_edge.training.torch_pieces import Context
@@ -56,6 +57,7 @@ class StreamedSlice:
         self._trained = trained
         self._device = device
         self._block = build_block(work.spec, work.manifest.adapter)
+        self._unfilled = dict(self._block.named_parameters())
         self._stem = build_stem(work.spec)
         self._head = build_head(work.spec)
         self._pieces = PieceReader(work.weights, device)
@@ -151,5 +153,6 @@ class StreamedSlice:
     def _load(self, layer_id: LayerId, following: LayerId | None) -> None:
         """Put a layer's weights, still in their file, into the block in place of the last ones."""
         following_piece = None if following is None else layer_piece(following)
+        restore(self._block, self._unfilled)
         weights = self._pieces.read(layer_piece(layer_id), following_piece)
         fill_block(self._block, weights, self._work.adapters, layer_id, self._trained)

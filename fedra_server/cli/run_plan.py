@@ -18,9 +18,9 @@ def tell_preview(preview: RoundPreview, *, explain: bool) -> None:
     """Print what each client would be given, and on demand what that follows from."""
     following = "no round is to come" if preview.round is None else f"next is round {preview.round}"
     typer.echo(f"Run {preview.run} on {preview.model}: {preview.state}, {following}")
-    needed = preview.spec.min_participants
-    typer.echo(f"Ready: {preview.num_ready} of at least {needed} participants")
     if preview.round is not None:
+        needed = preview.spec.min_participants
+        typer.echo(f"Ready: {preview.num_ready} of at least {needed} participants")
         typer.echo(f"Coverage per layer: {' '.join(str(count) for count in preview.coverage)}")
     typer.echo()
     tell_table(
@@ -53,7 +53,7 @@ def _row(client: ClientPreview) -> list[object]:
         _UNKNOWN if drawn is None else format_layers(drawn),
         _at_once(work),
         work.steps,
-        f"{work.step_s:.2f} s",
+        f"{work.step_s:.3g} s",
         format_bytes(work.predicted_peak_bytes),
         usable,
         state,

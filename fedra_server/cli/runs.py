@@ -139,10 +139,10 @@ def plan(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the next round would give each client known now, and why not more.
+    """Show what the next round would give each client.
 
-    Nothing is changed. Clients that are offline are shown with what they would get. The JSON
-    document always explains.
+    Nothing is changed. Clients that are offline are shown with what they would get; --explain
+    says what it follows from and why it is not more. The JSON document always explains.
     """
     with open_workplace(home) as place:
         preview = preview_round(place.store.run_history(name), _seen_since(place))

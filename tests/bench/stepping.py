@@ -1,7 +1,7 @@
 """One way of training ViT-B/16 in a fresh process: a few steps, timed, and the peak memory.
 
 ``python -m tests.bench.stepping WAY MICRO_BATCH`` takes a step for every line it reads and
-answers with the step's seconds and the peak memory of the process so far.
+answers with the step's seconds, the peak memory of the process so far, and what was predicted.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ WAYS: Final = ("plain", "resident", "reduced 4", "streamed")
 
 
 class Stepper:
-    """A fresh process that takes steps when asked to."""
+    """A fresh process that takes steps when asked to; nobody predicts the plain way's peak."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def step(self) -> tuple[float, int]:
-        """Take a step; give its duration in seconds and the peak memory so far in bytes."""
+    def step(self) -> tuple[float, int, int]:
+        """Take a step; give its seconds, and measured and predicted peak memory in bytes."""
         sender, answers = self._process.stdin, self._process.stdout
         assert sender is not None
         assert answers is not None
         sender.write("\n")
         sender.flush()
-        seconds, peak_bytes = json.loads(answers.readline())
-        return seconds, peak_bytes
+        seconds, peak_bytes, predicted_bytes = json.loads(answers.readline())
+        return seconds, peak_bytes, predicted_bytes
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def stepper(way: str, micro_batch: int) -> Iterator[Stepper]:
             process.terminate()
 
 
-def _plain_step() -> Callable[[], None]:
+def _plain_step() -> tuple[Callable[[], None], int]:
     """Train with transformers, peft and ordinary autograd, as one does without this project."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -69,13 +69,13 @@ def _plain_step() -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return step, 0
 
 
-def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
+def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
     import torch
 
-    from fedra_edge.protocol.footprint import MemoryPlan
+    from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape
     from fedra_edge.training.torch_optimizers import build_optimizer
     from fedra_edge.training.torch_slice import trained_parameters
     from fedra_edge.training.torch_trainer import TorchTrainer
@@ -90,10 +90,13 @@ def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
         micro_batch,
     )
     device = torch.device("cpu")
-    TorchTrainer(device)
+    cost = TorchTrainer(device).calibrate(work.spec)
+    manifest = work.manifest
+    plan, shape = MemoryPlan.of(manifest), SliceShape.of(manifest.layers)
+    footprint = Footprint(work.spec, manifest.adapter, manifest.training, cost.memory, shape)
     parameters = trained_parameters(work, device)
-    loaded = load_slice(work, MemoryPlan.of(work.manifest), parameters, device)
-    optimizer = build_optimizer(work.manifest.training, parameters.values())
+    loaded = load_slice(work, plan, parameters, device)
+    optimizer = build_optimizer(manifest.training, parameters.values())
     images = torch.randn(vit_base.BATCH_SIZE, 3, 224, 224)
     labels = torch.zeros(vit_base.BATCH_SIZE, dtype=torch.long)
 
@@ -102,7 +105,7 @@ def _slice_step(way: str, micro_batch: int) -> Callable[[], None]:
         loaded.accumulate(entering, torch.split(labels, micro_batch), len(images))
         optimizer.step()
 
-    return step
+    return step, footprint.peak_bytes(plan)
 
 
 def _serve(way: str, micro_batch: int) -> None:
@@ -111,11 +114,11 @@ def _serve(way: str, micro_batch: int) -> None:
     from fedra_edge.memory_meter import measured_peak
 
     with measured_peak() as meter:
-        step = _plain_step() if way == "plain" else _slice_step(way, micro_batch)
+        step, predicted = _plain_step() if way == "plain" else _slice_step(way, micro_batch)
         for _ in sys.stdin:
             started = time.perf_counter()
             step()
-            told = [time.perf_counter() - started, meter.peak_bytes]
+            told = [time.perf_counter() - started, meter.peak_bytes, predicted]
             print(json.dumps(told), flush=True)  # noqa: T201 - the answer
 
 

@@ -54,12 +54,15 @@ class Desk:
         }
 
     def run(self, words: list[str]) -> str:
-        """Run a command to its end and give what it prints."""
+        """Run a command to its end and give what it prints; ``> FILE`` keeps it as well."""
+        words, file = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         done = subprocess.run(
             self._argv(words), cwd=self.path, env=self._environment(), check=False,
             capture_output=True, encoding="utf-8", timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+        if file is not None:
+            (self.path / file).write_text(done.stdout, encoding="utf-8")
         return done.stdout
 
     def start(self, words: list[str]) -> None:
@@ -115,6 +118,11 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     desk.run(predict)
     rows = (desk.path / "told.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + len(list((desk.path / "images").rglob("*.png")))
+
+    describe, promise, plan = commands(3)
+    desk.run(describe)
+    assert "predicted peak" in desk.run(promise)
+    assert "to train on" in desk.run(plan)
 
 
 def test_the_python_of_the_readme_runs(desk: Desk) -> None:

@@ -23,6 +23,7 @@ from fedra_edge.protocol.tensors import (
     read_tensors,
     serialize_tensors,
     sha256_of_file,
+    tensor_file_bytes,
 )
 
 
@@ -168,3 +169,15 @@ def test_what_float32_cannot_hold_is_not_widened(tmp_path: Path, dtype: type) ->
     path = stored(tmp_path, serialize_tensors({"a": np.ones(2, dtype)}))
     with pytest.raises(MalformedTensorsError, match="does not fit"):
         list(iterate_float32(path, read_header(path)["a"]))
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z][a-z0-9_./]{0,30}", fullmatch=True),
+        st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple),
+        max_size=8,
+    )
+)
+def test_the_size_of_a_file_is_known_without_making_it(shapes: dict[str, tuple[int, ...]]) -> None:
+    tensors = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    assert tensor_file_bytes(shapes) == len(serialize_tensors(tensors))

@@ -70,6 +70,11 @@ class EdgeProcess:
         self._reader.start()
 
     @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    @property
     def is_running(self) -> bool:
         """Whether the process is there, frozen or not."""
         return self._process.poll() is None
@@ -138,7 +143,10 @@ class EdgeProcess:
 
 @dataclass
 class EdgeSite:
-    """A machine that takes part: home, data and log outlive each process of its client."""
+    """A machine that takes part: home, data and log outlive each process of its client.
+
+    ``launcher`` is put before the command of each client, for limits to run it under.
+    """
 
     name: str
     url: str
@@ -147,6 +155,7 @@ class EdgeSite:
     log: Path
     options: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    launcher: tuple[str, ...] = ()
     processes: list[EdgeProcess] = field(default_factory=list)
 
     @property
@@ -161,7 +170,7 @@ class EdgeSite:
     def join(self, *options: str) -> EdgeProcess:
         """Start a client on this machine; only one can run at a time."""
         command = [
-            *_COMMAND, "join", "--json", "--server", self.url, "--home", str(self.home),
+            *self.launcher, *_COMMAND, "join", "--json", "--server", self.url, "--home", str(self.home),
             "--data", str(self.data), "--name", self.name, *self.options, *options,
         ]  # fmt: skip
         self.processes.append(EdgeProcess(command, self.log, self.settings))

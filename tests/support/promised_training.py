@@ -8,10 +8,10 @@ measures the machine, calibrates, fits, trains a slice as the server would plan 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 from pydantic import BaseModel
 
 from fedra_edge.data.dataset import Example, TextExample
@@ -19,7 +19,12 @@ from fedra_edge.data.matching import MatchedDataset, match_labels
 from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.guard import PromiseGuard
 from fedra_edge.memory_meter import measured_peak
-from fedra_edge.profiling import SiteCaps, measure_device, measure_usable_memory
+from fedra_edge.profiling import (
+    SiteCaps,
+    measure_device,
+    measure_usable_memory,
+    unbacked_bytes,
+)
 from fedra_edge.protocol.devices import BlockMemory, Calibration
 from fedra_edge.protocol.fitting import DepthPolicy, Machine, Terms, Work, fit_work
 from fedra_edge.protocol.footprint import MemoryPlan, SliceShape
@@ -158,11 +163,10 @@ def run(request: Request) -> Outcome:
     profile = measure_device(backend=trainer.backend, home=request.scratch, caps=caps)
     data = _data(request)
     calibration = _calibrated(trainer, request)
-    own = psutil.Process().memory_info()
     outcome = Outcome(
         reason="",
         usable_bytes=profile.memory_bytes,
-        unbacked_bytes=own.vms - own.rss,
+        unbacked_bytes=unbacked_bytes(),
         memory=calibration.memory,
     )
     machine = Machine(profile, calibration, request.spec, request.terms)
@@ -172,7 +176,8 @@ def run(request: Request) -> Outcome:
     layers = _drawn(request, fit)
     shape = SliceShape.of(layers)
     work = slice_of(request, machine.drawn(fit, shape), layers)
-    guard = PromiseGuard(machine.footprint(shape), lambda: measure_usable_memory(caps))
+    usable_memory = partial(measure_usable_memory, caps, unbacked_bytes())
+    guard = PromiseGuard(machine.footprint(shape), usable_memory)
     surroundings = Surroundings(
         on_step=lambda *_: None,
         should_stop=lambda: False,

@@ -8,14 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from typing_extensions import override
 
-from fedra_edge.errors import SliceError, TrainingInterrupted
+from fedra_edge.data.dataset import Example
+from fedra_edge.data.matching import match_labels
+from fedra_edge.errors import MemoryShortError, SliceError, TrainingInterrupted
+from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.training import TrainedSlice, load_trainer
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
-from tests.support.surroundings import room_for
-from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data
+from tests.support.surroundings import guard_of, room_for
+from tests.support.tiny_vit import ADAPTER, LABELS, NoiseImages, TinyVit, noise_data
 
 CPU = torch.device("cpu")
 
@@ -137,6 +141,68 @@ def test_a_streamed_slice_trains_to_the_same_adapters(tiny: TinyVit, walk_batch:
     assert streamed.first_loss == pytest.approx(resident.first_loss, rel=1e-5)
     for name, value in resident.adapters.items():
         np.testing.assert_allclose(streamed.adapters[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_that_steps_down_gives_the_same_adapters(tiny: TinyVit) -> None:
+    training = TrainingSpec(batch_size=6, learning_rate=0.05)
+    work = tiny.work([0, 2], training=training, steps=6)
+    small_bytes = guard_of(work)._footprint.peak_bytes(MemoryPlan("streamed", 2, 3))
+    usable = {"bytes": 2**50}
+    guard = guard_of(work, lambda: usable["bytes"])
+
+    def shrink(done: int, *_: object) -> None:
+        if done == 2:
+            usable["bytes"] = small_bytes
+
+    stepped = TorchTrainer(CPU).train(
+        work, noise_data(), room_for(work, on_step=shrink, guard=guard)
+    )
+    plain = TorchTrainer(CPU).train(work, noise_data(), room_for(work))
+    assert (plain.plan.residency, stepped.plan) == ("resident", MemoryPlan("streamed", 2, 3))
+    assert len(guard.step_downs) == 1
+    assert stepped.first_loss == plain.first_loss
+    assert_same_adapters(stepped, plain)
+
+
+class ShortOfMemory(NoiseImages):
+    """Images of which some cannot be read at first, because an allocation fails."""
+
+    def __init__(self, failing: Iterable[int]) -> None:
+        super().__init__()
+        self._failing = set(failing)
+
+    @override
+    def __getitem__(self, index: int) -> Example:
+        if index in self._failing:
+            self._failing.remove(index)
+            raise MemoryError
+        return super().__getitem__(index)
+
+
+def test_a_step_whose_allocations_fail_is_taken_again_with_less(tiny: TinyVit) -> None:
+    training = TrainingSpec(batch_size=6, learning_rate=0.05)
+    work = tiny.work([0, 2], training=training, steps=4, micro_batch=3)
+    guard = guard_of(work)
+    matched = match_labels(NoiseImages(), LABELS)
+    failing = replace(matched, dataset=ShortOfMemory(matched.train_indices[-2:]))
+    stepped = TorchTrainer(CPU).train(work, failing, room_for(work, guard=guard))
+    plain = TorchTrainer(CPU).train(work, matched, room_for(work))
+    assert len(guard.step_downs) == 2
+    assert all(told.endswith("an allocation failed") for told in guard.step_downs)
+    assert (stepped.steps, stepped.num_examples) == (plain.steps, plain.num_examples)
+    assert_same_adapters(stepped, plain)
+
+
+def test_a_training_that_nothing_fits_ends_with_a_remedy(tiny: TinyVit) -> None:
+    work = tiny.work([0], steps=3)
+    with pytest.raises(MemoryShortError) as caught:
+        TorchTrainer(CPU).train(work, noise_data(), room_for(work, guard=guard_of(work, lambda: 1)))
+    assert caught.value.remedy
+
+
+def assert_same_adapters(found: TrainedSlice, expected: TrainedSlice) -> None:
+    for name, value in expected.adapters.items():
+        np.testing.assert_allclose(found.adapters[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_calibration_times_one_block(tiny: TinyVit) -> None:

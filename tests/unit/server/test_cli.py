@@ -299,12 +299,12 @@ def test_clients_are_listed_with_their_state(command: Command, home: ServerHome)
     assert "gone" not in text
 
 
-@pytest.mark.usefixtures("model")
-def test_models_are_listed(command: Command) -> None:
+def test_models_are_listed(command: Command, model: ModelSpec) -> None:
     [listed] = command("model", "list", "--json").json["models"]
     assert (listed["name"], listed["num_layers"]) == ("tiny", 4)
     assert "tiny" in command("model", "list").out
     assert command("model", "show", "tiny", "--json").json == listed
+    assert ModelSpec.model_validate_json(command("model", "show", "tiny", "--spec").out) == model
     assert command("model", "show", "absent").code == ExitCode.NOT_FOUND
 
 
@@ -351,7 +351,8 @@ def every_command() -> list[list[str]]:
 def test_all_commands_are_there() -> None:
     assert {" ".join(path) for path in every_command()} == {
         "init", "serve", "export", "version", "model add", "model list", "model show",
-        "run create", "run start", "run pause", "run stop", "run status", "run list", "client list",
+        "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
+        "client list",
     }  # fmt: skip
 
 

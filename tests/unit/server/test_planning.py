@@ -114,6 +114,56 @@ def test_a_sites_own_cap_counts() -> None:
     assert (work.depth, work.num_layers) == ("full", 3)
 
 
+def why_not_more(work: Work | Unfit) -> list[str]:
+    assert isinstance(work, Work)
+    assert work.reason == "; ".join(filter(None, (work.facts, work.why_not_more)))
+    return work.why_not_more.split("; ")
+
+
+def test_a_machine_that_can_do_everything_is_told_nothing_of_limits() -> None:
+    assert why_not_more(fit(2**40)) == [""]
+
+
+def test_what_stood_against_more_is_told() -> None:
+    assert why_not_more(fit(need(6, 1) - 1)) == [
+        f"streamed, because weights that stay in memory need {need(6, 1) / 1e6:.0f} MB"
+    ]
+    assert why_not_more(fit(2**40, seconds=0.05, examples=1280)) == [
+        "3 of 10 steps, because of the deadline"
+    ]
+    assert why_not_more(fit(2**40, seconds=0.5)) == [
+        "no full depth, because one step through 6 layers does not fit the deadline of 600.0 s",
+        "2 of 6 layers, because more take too long",
+        "1 of 2 steps, because of the deadline",
+    ]
+    fewer, *_ = why_not_more(fit(need(6, 1, "streamed", trained=6) - 1))
+    assert fewer == (
+        f"5 of 6 layers, because one more needs {need(6, 1, 'streamed', trained=6) / 1e6:.0f} MB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("site", "run", "whose"), [(3, None, "site"), (None, 3, "run"), (3, 5, "site")]
+)
+def test_whose_limit_on_layers_holds_is_told(site: int | None, run: int | None, whose: str) -> None:
+    profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE, max_layers=site)
+    work = fit_work(profile, calibration(), SPEC, make_run_spec(max_layers=run).terms)
+    assert why_not_more(work) == [f"at most 3 of 6 layers, by the {whose}'s own limit"]
+
+
+def test_a_drawn_slice_is_told_of_its_own_steps_only() -> None:
+    """Training the last layer alone takes less time than the costliest draw of one layer."""
+    profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE)
+    terms = make_run_spec(max_layers=1).terms
+    machine = Machine(profile, calibration(seconds=0.05, examples=640), SPEC, terms)
+    work = machine.work("full")
+    assert work is not None
+    assert "3 of 5 steps, because of the deadline" in work.why_not_more
+    drawn = machine.drawn(work, SliceShape(held=6, backward=1, trained=1))
+    assert drawn.steps == 5
+    assert "deadline" not in drawn.why_not_more
+
+
 def candidates(memories: list[int]) -> list[Candidate]:
     return [
         Candidate(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fedra_edge.protocol.ids import ClientId
+from fedra_server.cli.run_status import tell_report
 from fedra_server.reporting import report_run
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.histories import RunHistory
@@ -150,6 +151,40 @@ def test_costs_are_summed_per_client_and_memory_is_the_highest() -> None:
     assert (two.rounds_merged, two.bytes_sent) == (1, usual.bytes_sent)
 
 
+def shrunken(history: RunHistory) -> RunHistory:
+    """Let the second client's latest delta, of the open round, have had to shrink."""
+    report = make_training_report(
+        residency="streamed",
+        micro_batch=4,
+        step_downs=("resident, 8 at once -> streamed, 4 at once: only 400 MB can be used now",),
+    )
+    *others, latest = history.assignments
+    admitted = replace(
+        latest, state=AssignmentState.ADMITTED, delta=make_delta("b3", report=report)
+    )
+    return replace(history, assignments=[admitted, *others])
+
+
+def test_the_latest_delta_shows_what_was_promised_and_what_it_took() -> None:
+    one, two = report_run(shrunken(make_history())).clients
+    assert one.last_delta is not None
+    assert (one.last_delta.round_number, one.last_delta.peak_memory_bytes) == (2, 900)
+    assert two.last_delta is not None
+    assert (two.last_delta.round_number, two.last_delta.residency) == (3, "streamed")
+    assert two.last_delta.micro_batch == 4
+    assert two.last_delta.predicted_peak_bytes == make_training_report().predicted_peak_bytes
+    assert "only 400 MB" in two.last_delta.step_downs[0]
+
+
+def test_people_see_promise_and_peak_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_report(report_run(shrunken(make_history())))
+    told = capsys.readouterr().out.partition("Latest deltas")[2]
+    head, one, two = told.strip().splitlines()
+    assert head.split("  ")[-1] == "STEPPED DOWN"
+    assert one.split()[-5:] == ["110.0", "MB", "900", "B", "no"]
+    assert "streamed   4        110.0 MB  100.0 MB     resident, 8 at once -> streamed" in two
+
+
 def test_a_run_that_has_not_begun_has_an_empty_report() -> None:
     history = replace(
         make_history(), rounds=[], assignments=[], evaluations=[], revisions=[make_revision()]
@@ -179,4 +214,9 @@ def test_the_json_form_has_exactly_the_documented_fields() -> None:
     assert set(report["clients"][0]) == {
         "client_id", "name", "has_left", "rounds_merged", "layers_trained", "num_examples",
         "bytes_received", "bytes_sent", "peak_memory_bytes", "predicted_peak_bytes", "train_s",
+        "last_delta",
+    }  # fmt: skip
+    assert set(report["clients"][0]["last_delta"]) == {
+        "round_number", "residency", "micro_batch", "predicted_peak_bytes", "peak_memory_bytes",
+        "step_downs",
     }  # fmt: skip
