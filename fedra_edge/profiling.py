@@ -39,13 +39,18 @@ NO_CAPS: Final = SiteCaps()
 
 @dataclass(frozen=True)
 class MemoryState:
-    """Memory of machine and process at one moment, in bytes; no address limit is None."""
+    """Memory of machine and process at one moment, in bytes; no address limit is None.
+
+    ``file_bytes`` is the part of ``resident_bytes`` that mapped files take, program libraries
+    above all. The system counts it among what it can drop, for machine and groups alike.
+    """
 
     total_bytes: int
     available_bytes: int
     resident_bytes: int
     virtual_bytes: int
     address_limit_bytes: int | None = None
+    file_bytes: int = 0
 
 
 def measure_device(
@@ -107,8 +112,9 @@ def unbacked_bytes() -> int:
 def usable_memory(state: MemoryState, limits: GroupLimits, caps: SiteCaps) -> int:
     """Give the most that this process may occupy: the tightest of all limits on it."""
     reserve_bytes = int(state.total_bytes * _SYSTEM_RESERVE)
-    bounds = [state.resident_bytes + state.available_bytes - reserve_bytes]
-    bounds += [_share_of(limit, state.resident_bytes) for limit in limits.memory]
+    own_bytes = state.resident_bytes - state.file_bytes
+    bounds = [own_bytes + state.available_bytes - reserve_bytes]
+    bounds += [_share_of(limit, own_bytes) for limit in limits.memory]
     if state.address_limit_bytes is not None:
         unbacked_bytes = max(0, state.virtual_bytes - state.resident_bytes)
         bounds.append(state.address_limit_bytes - unbacked_bytes)
@@ -135,15 +141,22 @@ def usable_disk(home: Path, caps: SiteCaps, cached_bytes: int = 0) -> int:
     return free_bytes if caps.disk_bytes is None else min(free_bytes, caps.disk_bytes)
 
 
-def _share_of(limit: GroupLimit, resident_bytes: int) -> int:
-    others_bytes = max(0, limit.used_bytes - resident_bytes)
+def _share_of(limit: GroupLimit, own_bytes: int) -> int:
+    others_bytes = max(0, limit.used_bytes - own_bytes)
     return limit.limit_bytes - others_bytes
 
 
 def _memory_state() -> MemoryState:
     machine = psutil.virtual_memory()
     own = psutil.Process().memory_info()
-    return MemoryState(machine.total, machine.available, own.rss, own.vms, _address_limit())
+    return MemoryState(
+        machine.total,
+        machine.available,
+        own.rss,
+        own.vms,
+        _address_limit(),
+        file_bytes=getattr(own, "shared", 0),  # which only Linux tells
+    )
 
 
 def _address_limit() -> int | None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict
@@ -227,17 +228,21 @@ def _waiting(
         return ()
     numbers = {record.number for record in under_way}
     taking_part = {it.client_id for it in history.assignments if it.round_number in numbers}
-    population = history.population(seen_since)
+    there = [
+        client
+        for client in history.clients
+        if client.is_there(seen_since)
+        and client.run in {None, run.run}
+        and client.client_id not in taking_part
+    ]
+    population = replace(history.population(seen_since), clients=there)
     unfit = find_unfit(population.candidates(run.run), history.model.spec, run.spec)
     return tuple(
         WaitingReport(
             name=client.name,
             reason=population.obstacle(client, run.run) or unfit.get(client.client_id, READY),
         )
-        for client in population.clients
-        if client.is_there(seen_since)
-        and client.run in {None, run.run}
-        and client.client_id not in taking_part
+        for client in there
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedra_edge.errors import BackendUnavailableError
+from fedra_edge.training.allocator import prefer_huge_pages
 from fedra_edge.training.trainer import (
     BlockCost,
     EvaluationCounts,
@@ -33,6 +34,7 @@ def load_trainer(backend: Literal["auto", "torch"] = "auto") -> Trainer:
     Raises:
         BackendUnavailableError: The backend's packages are missing or cannot be loaded.
     """
+    prefer_huge_pages()
     try:
         from fedra_edge.training.torch_trainer import TorchTrainer
     except (ImportError, OSError) as error:  # OSError: a shared library of torch is missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from typing import Any, Final
 
@@ -32,6 +33,15 @@ def return_freed_memory() -> bool:
         (_M_ARENA_MAX, 1),
     )
     return all(mallopt(name, value) == 1 for name, value in wanted)
+
+
+def prefer_huge_pages() -> None:
+    """Ask PyTorch to put large buffers on huge pages, where Linux leaves that to programs.
+
+    It makes page faults fewer and changes nothing of what is occupied. It must be said before
+    PyTorch allocates for the first time; a choice that the environment made stays.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def trim_heap() -> None:

@@ -28,8 +28,11 @@ from fedra_edge.training.torch_walk import StreamedSlice
 from fedra_edge.training.trainer import SliceWork, Surroundings, TrainedSlice
 
 Indices = NDArray[np.int64]
-_SHORTAGE_SIGNS = ("allocate memory", "out of memory", "bad_alloc", "not enough memory")
-"""What PyTorch and the system say, in errors of no type of their own, when memory runs out."""
+_SHORTAGE_SIGNS = (
+    "allocate memory", "out of memory", "bad_alloc", "not enough memory",
+    "could not create a primitive", "could not execute a primitive",
+)  # fmt: skip
+"""What PyTorch, oneDNN and the system say, in errors of no type of their own, of memory."""
 
 
 class LocalTraining:

@@ -73,6 +73,9 @@ def _plain_step() -> tuple[Callable[[], None], int]:
 
 
 def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
+    from fedra_edge.training.allocator import prefer_huge_pages
+
+    prefer_huge_pages()
     import torch
 
     from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape

@@ -26,6 +26,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from typing_extensions import override
 
 from fedra_edge.protocol.footprint import Footprint, SliceShape, plans
 from fedra_edge.protocol.models import ModelSpec
@@ -51,7 +52,7 @@ LABELS: Final = {index: f"part {index}" for index in range(10)}
 LABEL_IDS: Final = {label: index for index, label in LABELS.items()}
 
 
-def vit(**settings: int) -> Callable[[Path], None]:
+def vit(**settings: Any) -> Callable[[Path], None]:  # noqa: ANN401 (as ViTConfig takes them)
     config = ViTConfig(id2label=LABELS, label2id=LABEL_IDS, **settings)
     return lambda path: ViTForImageClassification(config).save_pretrained(path)
 
@@ -89,6 +90,7 @@ class Case:
     tightness: float
     asked: Mapping[str, Any]
 
+    @override
     def __str__(self) -> str:
         asked = " ".join(f"{name}={value}" for name, value in self.asked.items())
         return f"{self.number:02} {self.model} x{self.tightness:.2f} {asked}"
@@ -137,6 +139,7 @@ class Ended:
             return math.nan
         return told.predicted_bytes / told.measured_bytes - 1
 
+    @override
     def __str__(self) -> str:
         told = self.outcome
         shown = f"{self.case!s:110} limit {self.limit_bytes / 1e6:5.0f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Final, Literal
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape, pla
 from fedra_edge.protocol.slices import TrainingSpec
 from tests.support.builders import make_adapter, make_block_memory, make_model_spec
 
+OPTIMIZERS: Final[tuple[Literal["sgd", "adamw"], ...]] = ("sgd", "adamw")
 NUM_LAYERS = 12
 MODEL = make_model_spec(NUM_LAYERS)
 sizes = st.integers(0, 10**9)
@@ -40,8 +42,9 @@ def shapes(draw: st.DrawFn) -> SliceShape:
 
 @st.composite
 def footprints(draw: st.DrawFn) -> Footprint:
-    optimizer = draw(st.sampled_from(["sgd", "adamw"]))
-    training = TrainingSpec(optimizer=optimizer, batch_size=draw(batch_sizes))
+    training = TrainingSpec(
+        optimizer=draw(st.sampled_from(OPTIMIZERS)), batch_size=draw(batch_sizes)
+    )
     adapter = make_adapter(rank=draw(st.integers(1, 64)))
     return Footprint(MODEL, adapter, training, draw(block_memories()), draw(shapes()))
 
@@ -81,7 +84,7 @@ def test_a_larger_rank_and_a_costlier_optimizer_never_cost_less(
     assert doubled.peak_bytes(plan) >= footprint.peak_bytes(plan)
     plain, moments = (
         replace(footprint, training=TrainingSpec(optimizer=name)).peak_bytes(plan)
-        for name in ("sgd", "adamw")
+        for name in OPTIMIZERS
     )
     assert moments >= plain
 

@@ -18,7 +18,8 @@ COMMANDS = {
     "fedra_edge": ["join", "profile", "status", "leave", "evaluate", "predict", "version"],
     "fedra_server": [
         "init", "serve", "export", "version", "model add", "model list", "model show",
-        "client list", "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
+        "client list", "run create", "run start", "run pause", "run stop", "run status", "run list",
+        "run plan",
     ],
 }  # fmt: skip
 

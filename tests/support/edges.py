@@ -170,8 +170,9 @@ class EdgeSite:
     def join(self, *options: str) -> EdgeProcess:
         """Start a client on this machine; only one can run at a time."""
         command = [
-            *self.launcher, *_COMMAND, "join", "--json", "--server", self.url, "--home", str(self.home),
-            "--data", str(self.data), "--name", self.name, *self.options, *options,
+            *self.launcher, *_COMMAND, "join", "--json", "--server", self.url,
+            "--home", str(self.home), "--data", str(self.data), "--name", self.name,
+            *self.options, *options,
         ]  # fmt: skip
         self.processes.append(EdgeProcess(command, self.log, self.settings))
         return self.client

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedra_edge.accelerators import list_accelerators
 from fedra_edge.cgroups import GroupLimit, GroupLimits, read_group_limits
 from fedra_edge.memory_meter import resident_bytes
 from fedra_edge.profiling import (
+    NO_CAPS,
     MemoryState,
     SiteCaps,
     measure_device,
+    measure_usable_memory,
+    unbacked_bytes,
     usable_cpus,
     usable_disk,
     usable_memory,
@@ -145,9 +150,39 @@ def test_what_others_use_of_a_group_is_not_ours() -> None:
     assert usable_memory(ROOMY, limits, SiteCaps()) == 2 * GIB
 
 
+def test_our_share_of_mapped_files_does_not_hide_what_others_use() -> None:
+    state = replace(ROOMY, file_bytes=GIB // 2)  # which a group does not count as used
+    limits = GroupLimits((GroupLimit(limit_bytes=4 * GIB, used_bytes=3 * GIB),))
+    assert usable_memory(state, limits, SiteCaps()) == GIB + GIB // 2
+    assert usable_memory(state, GroupLimits(), SiteCaps()) == (
+        usable_memory(ROOMY, GroupLimits(), SiteCaps()) - GIB // 2  # nor what is available twice
+    )
+
+
 def test_an_address_space_limit_leaves_out_what_is_only_reserved() -> None:
     state = MemoryState(64 * GIB, 60 * GIB, GIB, 4 * GIB, address_limit_bytes=8 * GIB)
     assert usable_memory(state, GroupLimits(), SiteCaps()) == 5 * GIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address limits are those of Linux")
+def test_weights_that_were_mapped_but_not_read_do_not_count_against_an_address_limit(
+    tmp_path: Path,
+) -> None:
+    import resource
+
+    file = tmp_path / "weights"
+    with file.open("wb") as opened:
+        opened.truncate(GIB)
+    idle_bytes = unbacked_bytes()
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (idle_bytes + 3 * GIB, hard))
+    try:
+        mapped = np.memmap(file, np.uint8, mode="c")
+        assert abs(measure_usable_memory(NO_CAPS, idle_bytes, root=tmp_path) - 3 * GIB) < GIB // 10
+        assert abs(measure_usable_memory(NO_CAPS, root=tmp_path) - 2 * GIB) < GIB // 10
+        del mapped
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def test_processors_are_limited_by_affinity_quota_and_site() -> None:
