@@ -8,9 +8,9 @@ full-depth step, and for runs that ask for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Final, Literal
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
@@ -92,26 +92,42 @@ class Machine:
         return min(cap for cap in caps if cap is not None)
 
     def work(self, depth: Depth) -> Work | None:
-        """Find the fastest plan for the most layers that memory and deadline allow."""
-        for trained, plan in self._choices(depth):
-            shape = self.shape(depth, trained)
-            peak_bytes = self.footprint(shape).peak_bytes(plan)
-            steps = self.steps_in_time(shape, plan)
-            if steps and peak_bytes <= self.profile.memory_bytes:
-                return self._work(depth, plan, shape, steps)
-        return None
+        """Find the fastest plan for the most layers that memory, disk and deadline allow.
 
-    def _choices(self, depth: Depth) -> Iterator[tuple[int, MemoryPlan]]:
-        """Give (layers to train, plan), the best first.
-
-        At reduced depth, resident weights come before more layers, as published.
+        At reduced depth, resident weights come before more layers, as published. Every demand
+        grows with the layers, so the most that fit are found by bisection.
         """
         every = tuple(plans(self.terms.training))
         resident = tuple(plan for plan in every if plan.residency == "resident")
-        layers = range(self.most_layers, 0, -1)
-        if depth == "reduced":
-            yield from product(layers, resident)
-        yield from product(layers, every)
+        for among in (every,) if depth == "full" else (resident, every):
+            layers = range(1, self.most_layers + 1)
+            most = bisect_right(
+                layers, 0, key=lambda trained: self._fitting_plan(depth, trained, among) is None
+            )
+            plan = self._fitting_plan(depth, most, among) if most else None
+            if plan is not None:
+                shape = self.shape(depth, most)
+                return self._work(depth, plan, shape, self.steps_in_time(shape, plan))
+        return None
+
+    def _fitting_plan(
+        self, depth: Depth, trained: int, among: Sequence[MemoryPlan]
+    ) -> MemoryPlan | None:
+        shape = self.shape(depth, trained)
+        if self.disk_bytes(depth, trained) > self.profile.disk_free_bytes:
+            return None
+        peak_bytes = self.footprint(shape).peak_bytes
+        for plan in among:
+            if self.steps_in_time(shape, plan) and peak_bytes(plan) <= self.profile.memory_bytes:
+                return plan
+        return None
+
+    def disk_bytes(self, depth: Depth, trained: int) -> int:
+        """Give what the frozen weights of a slice take on disk at most."""
+        spec = self.spec
+        largest = max(piece.weights.size_bytes for piece in spec.layers)
+        ends = spec.stem.weights.size_bytes + spec.head.weights.size_bytes
+        return ends + self.shape(depth, trained).held * largest
 
     def drawn(self, work: Work, shape: SliceShape) -> Work:
         """Make work exact once its layers are drawn: the promise, and steps that now fit."""
@@ -192,8 +208,12 @@ def _why_not_more(machine: Machine, work: Work) -> Iterator[str]:
     residency = work.plan.residency
     if work.num_layers < most:
         need = machine.least_bytes(work.depth, work.num_layers + 1, of=residency)
-        is_memory = need > machine.profile.memory_bytes
-        why = f"one more needs {_megabytes(need)}" if is_memory else "more take too long"
+        disk = machine.disk_bytes(work.depth, work.num_layers + 1)
+        why = "more take too long"
+        if need > machine.profile.memory_bytes:
+            why = f"one more needs {_megabytes(need)}"
+        elif disk > machine.profile.disk_free_bytes:
+            why = f"one more needs {_megabytes(disk)} of disk"
         yield f"{work.num_layers} of {most} layers, because {why}"
     if residency == "streamed":
         need = machine.least_bytes(work.depth, work.num_layers, of="resident")
@@ -211,6 +231,11 @@ def _unfit(machine: Machine, depth: Depth) -> Unfit:
     if need > has:
         return Unfit(
             f"training {layers} needs {_megabytes(need)}, this process may use {_megabytes(has)}"
+        )
+    need, has = machine.disk_bytes(depth, 1), machine.profile.disk_free_bytes
+    if need > has:
+        return Unfit(
+            f"the weights of {layers} take {_megabytes(need)} of disk, {_megabytes(has)} are free"
         )
     return Unfit(
         f"one step through {layers} does not fit the deadline of {machine.terms.deadline_s} s"

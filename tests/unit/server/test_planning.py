@@ -107,6 +107,25 @@ def test_a_machine_too_slow_for_one_layer_is_left_out() -> None:
     assert isinstance(fit(2**40, seconds=5.0), Unfit)
 
 
+def test_a_small_disk_holds_fewer_layers_or_none() -> None:
+    ends = SPEC.stem.weights.size_bytes + SPEC.head.weights.size_bytes
+    layer = SPEC.layers[0].weights.size_bytes
+    outcomes = {}
+    for held in (6, 2, 0):
+        profile = make_profile(
+            memory_bytes=2**40, baseline_bytes=BASELINE, disk_free_bytes=ends + held * layer
+        )
+        outcomes[held] = fit_work(profile, calibration(), SPEC, make_run_spec().terms)
+    full, reduced, unfit = outcomes.values()
+    assert isinstance(full, Work)
+    assert isinstance(reduced, Work)
+    assert isinstance(unfit, Unfit)
+    assert full.depth == "full"
+    assert (reduced.depth, reduced.num_layers) == ("reduced", 2)
+    assert "of disk" in reduced.reason
+    assert "of disk" in unfit.reason
+
+
 def test_a_sites_own_cap_counts() -> None:
     profile = make_profile(memory_bytes=2**40, baseline_bytes=BASELINE, max_layers=3)
     work = fit_work(profile, calibration(), SPEC, make_run_spec(max_layers=4).terms)
