@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
+from tests.support.edges import wait_until
 
 _MOUNT: Final = Path("/sys/fs/cgroup")
 _VERSION_1: Final = _MOUNT / "memory"
@@ -36,6 +39,11 @@ class MemoryGroup:
     def launcher(self) -> tuple[str, ...]:
         """What to put before a command, so that it is a member from its first instruction on."""
         return ("sh", "-c", _ENTER, str(self.entrance))
+
+    @property
+    def members(self) -> list[int]:
+        """The numbers of the processes in it."""
+        return [int(line) for line in self.entrance.read_text(encoding="ascii").split()]
 
     @property
     def used_bytes(self) -> int:
@@ -110,7 +118,11 @@ def _group() -> Iterator[MemoryGroup]:
     parent = _VERSION_1 if is_version_1 else _MOUNT
     directory = parent / f"fedra-test-{os.getpid()}-{next(_NUMBERS)}"
     directory.mkdir()
+    group = MemoryGroup(directory, is_version_1)
     try:
-        yield MemoryGroup(directory, is_version_1)
+        yield group
     finally:
+        for member in group.members:  # there are some when a test failed
+            os.kill(member, signal.SIGKILL)
+        wait_until("an empty group", lambda: not group.members)
         directory.rmdir()

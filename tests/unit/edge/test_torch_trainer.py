@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.training import TrainedSlice, load_trainer
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
+from fedra_edge.training.torch_training import is_memory_shortage
 from tests.support.surroundings import guard_of, room_for
 from tests.support.tiny_vit import ADAPTER, LABELS, NoiseImages, TinyVit, noise_data
 
@@ -198,6 +201,26 @@ def test_a_training_that_nothing_fits_ends_with_a_remedy(tiny: TinyVit) -> None:
     with pytest.raises(MemoryShortError) as caught:
         TorchTrainer(CPU).train(work, noise_data(), room_for(work, guard=guard_of(work, lambda: 1)))
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "is_shortage"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"), True),
+        (RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), True),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+    ids=str,
+)
+def test_errors_for_want_of_memory_are_told_from_others(
+    error: Exception, is_shortage: bool
+) -> None:
+    assert is_memory_shortage(error) is is_shortage
 
 
 def assert_same_adapters(found: TrainedSlice, expected: TrainedSlice) -> None:
