@@ -125,7 +125,7 @@ class Participation:
         spec = self._spec(model_id)
         data = self._data(model_id)
         self._board.update(phase=Phase.CALIBRATING, detail=f"measuring a block of {spec.name}")
-        cost = self._costs[model_id] = self._equipment.trainer.calibrate(spec)
+        cost = self._costs[model_id] = self._equipment.trainer.calibrate(spec, self._usable_memory)
         train, held_out = len(data.train_indices), len(data.held_out_indices)
         self._api.calibrate(cost.calibration(model_id, train, held_out))
         return cost

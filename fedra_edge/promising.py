@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,9 +14,9 @@ from fedra_edge.data.dataset import HELD_OUT_PERCENT
 from fedra_edge.data.matching import match_labels
 from fedra_edge.data.opening import open_dataset
 from fedra_edge.data.tokenizing import TextTokenizer
-from fedra_edge.errors import ConfigurationError
+from fedra_edge.errors import ConfigurationError, MemoryShortError
 from fedra_edge.exports import open_tokenizer, read_model_description
-from fedra_edge.profiling import measure_device
+from fedra_edge.profiling import measure_device, measure_usable_memory
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.fitting import Machine, Terms, Unfit, fit_work
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec, TokenInput
@@ -119,8 +120,11 @@ def measure_promise(path: Path, chosen: Mapping[str, Any], config: SiteConfig) -
     else:
         matched = match_labels(dataset, spec.labels, tokenizer)
         train, held_out = len(matched.train_indices), len(matched.held_out_indices)
-    calibration = trainer.calibrate(spec).calibration(spec.model_id, train, held_out)
-    return make_promise(profile, calibration, spec, terms)
+    try:
+        cost = trainer.calibrate(spec, partial(measure_usable_memory, config.caps))
+    except MemoryShortError as error:
+        raise ConfigurationError(str(error), remedy=error.remedy) from error
+    return make_promise(profile, cost.calibration(spec.model_id, train, held_out), spec, terms)
 
 
 def make_promise(

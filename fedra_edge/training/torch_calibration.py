@@ -19,18 +19,19 @@ from fedra_edge.training.torch_blocks import allocate, build_block, build_stem
 from fedra_edge.training.torch_pulling import pull
 from fedra_edge.training.torch_training import is_memory_shortage
 from fedra_edge.training.torch_vit import VitBlock, VitHead, VitSettings, VitStem
-from fedra_edge.training.trainer import BlockCost
+from fedra_edge.training.trainer import BlockCost, UsableMemory
 
 _BUDGET_S: Final = 0.8
 _MAX_REPEATS: Final = 5
 _MAX_EXAMPLES: Final = 16
 _PROBE_BYTES: Final = 64 * 2**20
-"""About what a measurement may take beside the weights of a block."""
+"""About what a measurement takes at most beside the weights of a block."""
 
 _SPREAD: Final = 0.02
+_MEGABYTE: Final = 10**6
 
 
-def measure_block(spec: ModelSpec, device: torch.device) -> BlockCost:
+def measure_block(spec: ModelSpec, usable_memory: UsableMemory, device: torch.device) -> BlockCost:
     """Measure time and memory of a block with random weights.
 
     Times are medians of a few runs, per example. The number of examples at once adapts to the
@@ -39,7 +40,14 @@ def measure_block(spec: ModelSpec, device: torch.device) -> BlockCost:
     Raises:
         MemoryShortError: Memory does not even suffice for one example.
     """
-    probe = _BlockProbe(spec, device)
+    usable_bytes = usable_memory()
+    need_bytes = resident_bytes() + spec.layers[0].cost.parameter_bytes
+    if need_bytes > usable_bytes:
+        raise _too_little_memory(
+            f"needs {need_bytes / _MEGABYTE:.0f} MB, "
+            f"this process may use {usable_bytes / _MEGABYTE:.0f} MB"
+        )
+    probe = _BlockProbe(spec, min(usable_bytes - need_bytes, _PROBE_BYTES), device)
     (forward_s, backward_s), memory = probe.measure()
     del probe
     trim_heap()
@@ -53,7 +61,7 @@ def measure_block(spec: ModelSpec, device: torch.device) -> BlockCost:
 class _BlockProbe:
     """A block with random weights and what it needs to be run."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, free_bytes: int, device: torch.device) -> None:
         self._device = device
         self._generator = torch.Generator(device).manual_seed(0)
         self._block = allocate(build_block(spec, AdapterSpec(targets=spec.default_targets)), device)
@@ -62,7 +70,7 @@ class _BlockProbe:
                 parameter.uniform_(-_SPREAD, _SPREAD, generator=self._generator)
         self._shape = _hidden_shape(spec, device)
         kept_bytes = max(1, spec.layers[0].cost.activation_bytes)
-        self._most_examples = max(1, min(_MAX_EXAMPLES, _PROBE_BYTES // (2 * kept_bytes)))
+        self._most_examples = max(1, min(_MAX_EXAMPLES, free_bytes // (2 * kept_bytes)))
 
     def measure(self) -> tuple[tuple[float, float], BlockMemory]:
         """Give times and memory, from fewer examples when memory runs out."""
@@ -73,10 +81,7 @@ class _BlockProbe:
                 if not is_memory_shortage(error):
                     raise
                 if self._most_examples == 1:
-                    raise MemoryShortError(
-                        "there is not enough memory to measure one block of the model",
-                        remedy="Free memory on this machine, or raise the limit it runs under.",
-                    ) from error
+                    raise _too_little_memory("failed for want of memory") from error
             self._most_examples //= 2
 
     def times(self) -> tuple[float, float]:
@@ -149,6 +154,13 @@ class _BlockProbe:
             generator=self._generator,
             requires_grad=True,
         )
+
+
+def _too_little_memory(problem: str) -> MemoryShortError:
+    return MemoryShortError(
+        f"measuring one block of the model {problem}",
+        remedy="Free memory on this machine, or raise the limit it runs under.",
+    )
 
 
 def _growth(work: Callable[[], object]) -> int:

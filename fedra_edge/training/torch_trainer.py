@@ -44,9 +44,9 @@ class TorchTrainer:
         """The framework underneath."""
         return "torch"
 
-    def calibrate(self, spec: ModelSpec) -> BlockCost:
+    def calibrate(self, spec: ModelSpec, usable_memory: UsableMemory) -> BlockCost:
         """Measure one block of the model with random weights, within a few seconds."""
-        return measure_block(spec, self._device)
+        return measure_block(spec, usable_memory, self._device)
 
     def train(
         self, work: SliceWork, data: MatchedDataset, surroundings: Surroundings

@@ -157,8 +157,12 @@ class Trainer(Protocol):
         """The framework underneath."""
         ...
 
-    def calibrate(self, spec: ModelSpec) -> BlockCost:
-        """Measure one block of the model with random weights, within a few seconds."""
+    def calibrate(self, spec: ModelSpec, usable_memory: UsableMemory) -> BlockCost:
+        """Measure one block of the model with random weights, within a few seconds.
+
+        Raises:
+            MemoryShortError: There is not even the memory for one example.
+        """
         ...
 
     def train(

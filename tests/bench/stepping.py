@@ -93,7 +93,7 @@ def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
         micro_batch,
     )
     device = torch.device("cpu")
-    cost = TorchTrainer(device).calibrate(work.spec)
+    cost = TorchTrainer(device).calibrate(work.spec, lambda: 2**40)
     manifest = work.manifest
     plan, shape = MemoryPlan.of(manifest), SliceShape.of(manifest.layers)
     footprint = Footprint(work.spec, manifest.adapter, manifest.training, cost.memory, shape)

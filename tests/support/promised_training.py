@@ -208,7 +208,9 @@ def _data(request: Request) -> MatchedDataset:
 
 
 def _calibrated(trainer: Trainer, request: Request) -> Calibration:
-    cost = trainer.calibrate(request.spec)
+    cost = trainer.calibrate(
+        request.spec, partial(measure_usable_memory, SiteCaps(memory_bytes=request.memory_bytes))
+    )
     return Calibration(
         model_id=request.spec.model_id,
         forward_s=cost.forward_s,

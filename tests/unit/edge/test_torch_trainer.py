@@ -103,7 +103,7 @@ def test_the_same_seed_trains_the_same_and_another_seed_does_not(tiny: TinyVit) 
 def test_training_does_not_touch_global_randomness(tiny: TinyVit) -> None:
     before = torch.get_rng_state()
     train(tiny, [1], steps=2)
-    TorchTrainer(CPU).calibrate(tiny.spec)
+    TorchTrainer(CPU).calibrate(tiny.spec, lambda: 2**40)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -231,7 +231,7 @@ def assert_same_adapters(found: TrainedSlice, expected: TrainedSlice) -> None:
 def test_calibration_times_one_block(tiny: TinyVit) -> None:
     trainer = load_trainer()
     assert trainer.backend == "torch"
-    timing = trainer.calibrate(tiny.spec)
+    timing = trainer.calibrate(tiny.spec, lambda: 2**40)
     assert 0 < timing.forward_s < 1
     assert 0 < timing.backward_s < 1
 
