@@ -13,6 +13,7 @@ from fedra_edge.config import EdgeConfig
 from fedra_edge.control import Control
 from fedra_edge.data.dataset import LocalDataset
 from fedra_edge.data.matching import MatchedDataset, match_labels
+from fedra_edge.data.preparing import WrongKindError
 from fedra_edge.deltas import compute_delta, pack_delta
 from fedra_edge.errors import (
     BackendUnavailableError,
@@ -277,10 +278,16 @@ class Participation:
             LOGGER.warning("the failure could not be reported: %s", refusal)
 
     def _raise_if_fatal(self, model_id: str, error: Exception) -> None:
-        """Raise what no later attempt can mend; data that failed is looked at anew first."""
+        """Raise what no later attempt can mend; data that failed is looked at anew first.
+
+        A client that serves any run is not ended by one that its data are not for.
+        """
         if isinstance(error, FATAL):
             raise error
-        if isinstance(error, DataError):
+        serves_others = self._equipment.config.run is None and (
+            isinstance(error, WrongKindError) or bool(self._matched.keys() - {model_id})
+        )
+        if isinstance(error, DataError) and not serves_others:
             if self._matched.pop(ModelId(model_id), None) is None:
                 raise error
             self._data(ModelId(model_id))

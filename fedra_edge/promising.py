@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,9 @@ from fedra_edge.training.trainer import Trainer
 
 DEADLINE_S: Final = 600.0
 """A round's deadline, where headquarters chooses no other."""
+
+_JOINED_BYTES: Final = 8 * 10**6
+"""What a client that has joined occupies beyond this program: its connections, its threads."""
 
 EXAMPLES: Final = 1000
 """Examples to train on, where nothing is said of the data."""
@@ -124,7 +127,9 @@ def measure_promise(path: Path, chosen: Mapping[str, Any], config: SiteConfig) -
         cost = trainer.calibrate(spec, partial(measure_usable_memory, config.caps))
     except MemoryShortError as error:
         raise ConfigurationError(str(error), remedy=error.remedy) from error
-    return make_promise(profile, cost.calibration(spec.model_id, train, held_out), spec, terms)
+    idle_bytes = cost.memory.idle_bytes + _JOINED_BYTES
+    joined = replace(cost, memory=cost.memory.model_copy(update={"idle_bytes": idle_bytes}))
+    return make_promise(profile, joined.calibration(spec.model_id, train, held_out), spec, terms)
 
 
 def make_promise(

@@ -32,6 +32,8 @@ _BREATH_S: Final = 1.0
 _WORTH_TELLING: Final = 0.2
 """By what part usable memory must change before plans are worth making anew."""
 
+_TELLING_S: Final = 60.0
+
 
 class Session:
     """One client's membership in action; ``run`` returns when the work is over."""
@@ -49,6 +51,7 @@ class Session:
         self._identity_file = identity_file
         self._measure = measure
         self._profile = measure()
+        self._told_at = -_TELLING_S
         self._participation = Participation(equipment)
         self._failures = 0
         self._quick_answers = 0
@@ -70,7 +73,6 @@ class Session:
                 if not self._deliver():  # new work would be a second delta for the same round
                     self._pace(is_done=False)
                     continue
-                self._tell_changed_memory()
                 asked_at = time.monotonic()
                 match self._ask():
                     case Stop(reason=reason):
@@ -79,6 +81,7 @@ class Session:
                     case Wait() as wait:
                         is_held = self._note_waiting(wait)
                         is_done = self._participation.prepare(wait)
+                        self._tell_changed_memory()
                         self._pace(is_done, asked_at if is_held else None)
                     case Train() as train:
                         self._is_reason_known = False
@@ -112,11 +115,19 @@ class Session:
         self._api.rejoin(RejoinRequest(profile=self._profile, run=config.run, name=name))
 
     def _tell_changed_memory(self) -> None:
-        """Tell the server anew what this machine has, when its memory is no more what it was."""
+        """Tell the server anew what this machine has, when its memory is no more what it was.
+
+        Not before there is nothing else to do, and not often: the server forgets what it knew of
+        this machine's speed.
+        """
+        is_early = time.monotonic() - self._told_at < _TELLING_S
+        if is_early or not self._is_reason_known:
+            return
         told_bytes, profile = self._profile.memory_bytes, self._measure()
         if abs(profile.memory_bytes - told_bytes) > _WORTH_TELLING * told_bytes:
             LOGGER.info("usable memory went from %d to %d bytes", told_bytes, profile.memory_bytes)
             self._profile = profile
+            self._told_at = time.monotonic()
             self._rejoin()
 
     def _ask(self) -> Assignment:

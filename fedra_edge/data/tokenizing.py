@@ -63,7 +63,8 @@ class TextTokenizer:
     def _encoded(self, text: str) -> Encoding:
         try:
             encoding = self._tokenizer.encode(text)
-        except Exception as error:  # another type, or what the library has no type for
+        except BaseException as error:  # its panics are no Exception
+            _let_pass_what_ends_programs(error)
             raise DataError("text that the model's tokenizer cannot read") from error
         if not encoding.ids:
             raise DataError("text has no token")
@@ -89,6 +90,12 @@ def _open(path: Path) -> Tokenizer:
         ) from error
     try:
         tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
+    except BaseException as error:  # the library raises nothing more precise, and panics
+        _let_pass_what_ends_programs(error)
         raise SliceError(f"{path.name} holds no tokenizer: {error}") from error
     return tokenizer
+
+
+def _let_pass_what_ends_programs(error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error

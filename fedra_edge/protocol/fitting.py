@@ -97,7 +97,7 @@ class Machine:
         At reduced depth, resident weights come before more layers, as published. Every demand
         grows with the layers, so the most that fit are found by bisection.
         """
-        every = tuple(plans(self.terms.training))
+        every = tuple(self._plans())
         resident = tuple(plan for plan in every if plan.residency == "resident")
         for among in (every,) if depth == "full" else (resident, every):
             layers = range(1, self.most_layers + 1)
@@ -121,6 +121,12 @@ class Machine:
             if self.steps_in_time(shape, plan) and peak_bytes(plan) <= self.profile.memory_bytes:
                 return plan
         return None
+
+    def _plans(self) -> Iterator[MemoryPlan]:
+        """Give all plans for batches as large as the local examples allow."""
+        training = self.terms.training
+        batch_size = min(training.batch_size, self.calibration.train_examples)
+        return plans(training.model_copy(update={"batch_size": batch_size}))
 
     def disk_bytes(self, depth: Depth, trained: int) -> int:
         """Give what the frozen weights of a slice take on disk at most."""
@@ -149,7 +155,7 @@ class Machine:
     def least_bytes(self, depth: Depth, layers: int = 1, of: Residency | None = None) -> int:
         """Give the least memory that training so many layers takes, in one residency or any."""
         peak_bytes = self.footprint(self.shape(depth, layers)).peak_bytes
-        every = plans(self.terms.training)
+        every = self._plans()
         return min(peak_bytes(plan) for plan in every if of in {None, plan.residency})
 
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from fedra_edge.protocol.ids import LayerId, ModelId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, TensorKey, layer_piece
@@ -78,6 +78,12 @@ class AdapterSpec(WireModel):
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
     alpha: Annotated[float, Field(gt=0, le=1e4)] = 8.0
     targets: tuple[ShortText, ...]
+
+    @model_validator(mode="after")
+    def _targets_differ(self) -> Self:
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("a module is named twice among the adapters' targets")
+        return self
 
     @property
     def scale(self) -> float:

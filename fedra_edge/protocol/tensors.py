@@ -182,6 +182,8 @@ def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
             pass
         case _:
             raise MalformedTensorsError(f"tensor {name[:100]!r} lacks dtype, shape or offsets")
+    if not (name.isascii() and name.isprintable()):
+        raise MalformedTensorsError("the name of a tensor is not of printable ASCII characters")
     if dtype not in _ITEM_BYTES:
         raise MalformedTensorsError(f"tensor {name[:100]!r} has unknown dtype {dtype[:20]!r}")
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**40 for n in shape):

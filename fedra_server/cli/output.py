@@ -12,6 +12,7 @@ from pydantic import BaseModel, JsonValue
 
 _UNITS: Final = ("KB", "MB", "GB")
 _STEP: Final = 1000
+_MOST_SHOWN: Final = 400
 
 
 def tell_json(value: JsonValue | BaseModel) -> None:
@@ -24,7 +25,7 @@ def tell_json(value: JsonValue | BaseModel) -> None:
 
 def tell_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """Print aligned columns, or a sentence when there are no rows."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     if not cells:
         typer.echo(empty)
         return
@@ -33,6 +34,12 @@ def tell_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, empt
     for row in (headers, *cells):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         typer.echo(line.rstrip())
+
+
+def printable(text: str) -> str:
+    """Show what may come from a client without letting it steer the terminal."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -181,3 +181,12 @@ def test_what_float32_cannot_hold_is_not_widened(tmp_path: Path, dtype: type) ->
 def test_the_size_of_a_file_is_known_without_making_it(shapes: dict[str, tuple[int, ...]]) -> None:
     tensors = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
     assert tensor_file_bytes(shapes) == len(serialize_tensors(tensors))
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\x00b", "a\nb", "\x1b[31m", "caf\u00e9"])
+def test_a_name_that_could_not_be_shown_is_refused(tmp_path: Path, name: str) -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(MalformedTensorsError, match="printable"):
+        read_header(path)

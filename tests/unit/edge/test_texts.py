@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -281,3 +282,13 @@ def test_reading_images_loads_no_tokenizers() -> None:
         [sys.executable, "-c", script], capture_output=True, check=True, encoding="utf-8"
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_tokenizer_that_panics_makes_no_text_readable(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    build_tokenizer().save(str(path))
+    description = json.loads(path.read_text(encoding="utf-8"))
+    description["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    path.write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises((DataError, SliceError)):
+        TextTokenizer(path, WANTED).encode("the pump drips")

@@ -10,6 +10,7 @@ from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.fitting import DepthPolicy, Machine, Unfit, Work, fit_work
 from fedra_edge.protocol.footprint import MemoryPlan, SliceShape
 from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.models import AdapterSpec
 from fedra_edge.protocol.slices import Residency
 from fedra_server.planning import Candidate, plan_round, round_generator
 from tests.support.builders import make_block_memory, make_model_spec, make_profile, make_run_spec
@@ -220,3 +221,14 @@ def test_another_round_or_draw_is_another_plan() -> None:
         for number, draw in ((1, 0), (2, 0), (1, 1))
     ]
     assert plans[0] != plans[1] != plans[2] != plans[0]
+
+
+def test_no_batch_is_planned_larger_than_the_local_data() -> None:
+    work = fit(2**40, examples=30)
+    assert isinstance(work, Work)
+    assert (work.plan.micro_batch, work.plan.walk_batch) == (30, 30)
+
+
+def test_a_module_cannot_be_adapted_twice() -> None:
+    with pytest.raises(ValueError, match="named twice"):
+        AdapterSpec(targets=("mlp.fc2", "mlp.fc2"))
