@@ -133,7 +133,11 @@ def test_a_site_with_images_is_told_that_the_model_reads_texts(
     federation.start_run("further", rounds=1, min_participants=3)
     data = write_folder(place / "data" / "pictures", seed=3)
     site = federation.add_site("pictures", data.path, place)
-    assert site.join().wait_for_end() != 0
+    site.join()
+    wait_until("a word", lambda: "the model reads texts" in site.complaints())
+    assert site.is_running  # it serves any run, and another may be of images
+    assert site.client.ask_to_stop() == 0
+    assert site.join("--run", "further").wait_for_end() != 0
     assert (
         "the model reads texts, but the local data are images" in site.client.events[-1]["message"]
     )
