@@ -162,7 +162,7 @@ def test_a_quota_that_is_too_small_is_told_on_both_sides(
 ) -> None:
     federation.start_run("roomy", rounds=1, min_participants=1)
     cramped = replace(site, settings={"disk_quota_bytes": "1000"})
-    client = cramped.join()
+    client = cramped.join("--run", "roomy")
     wait_until(
         "the reason at the client",
         lambda: any("of disk" in str(event.get("detail")) for event in client.events),
