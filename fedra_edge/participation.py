@@ -287,8 +287,11 @@ class Participation:
         serves_others = self._equipment.config.run is None and (
             isinstance(error, WrongKindError) or bool(self._matched.keys() - {model_id})
         )
-        if isinstance(error, DataError) and not serves_others:
-            if self._matched.pop(ModelId(model_id), None) is None:
+        if isinstance(error, DataError):
+            was_matched = self._matched.pop(ModelId(model_id), None) is not None
+            if serves_others:
+                return
+            if not was_matched:
                 raise error
             self._data(ModelId(model_id))
 

@@ -205,9 +205,14 @@ def _tokenizer(path: Path, spec: ModelSpec) -> TextTokenizer | None:
 
 
 def _too_small(machine: Machine, unfit: Unfit, need_bytes: int) -> ConfigurationError:
-    missing_bytes = need_bytes - machine.profile.memory_bytes
-    more = f"{missing_bytes / _MEGABYTE:.0f} MB more: free memory, or raise its limit"
+    profile = machine.profile
+    missing_bytes = need_bytes - profile.memory_bytes
+    remedy = "Ask for a longer deadline."
+    if missing_bytes > 0:
+        megabytes = f"{missing_bytes / _MEGABYTE:.0f} MB"
+        remedy = f"Give it {megabytes} more: free memory, or raise its limit."
+    elif machine.disk_bytes(machine.terms.depths[-1], 1) > profile.disk_free_bytes:
+        remedy = "Free disk space, or raise FEDRA_EDGE_DISK_QUOTA_BYTES."
     return ConfigurationError(
-        f"this machine cannot train {machine.spec.name}: {unfit.reason}",
-        remedy=f"Give it {more}." if missing_bytes > 0 else "Ask for a longer deadline.",
+        f"this machine cannot train {machine.spec.name}: {unfit.reason}", remedy=remedy
     )

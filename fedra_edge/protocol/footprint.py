@@ -1,4 +1,4 @@
-"""Predicts what a slice takes on a machine, in memory and time; the same on both sides. Pure."""
+"""Predicts the memory that a slice takes on a machine; the same on both sides. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from fedra_edge.protocol.devices import BlockMemory
 from fedra_edge.protocol.ids import LayerId
-from fedra_edge.protocol.models import AdapterSpec, ModelSpec, Piece
+from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import LayerRole, Residency, SliceManifest, TrainingSpec
 
 _GROWTH_BYTES: Final = 6 * 10**6
@@ -24,7 +24,7 @@ _STREAMED_MICRO_BATCH: Final = 8
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a slice is worked through: what decides its memory and nothing of its result.
+    """How a slice is worked through: what decides its memory, and of its result only rounding.
 
     ``micro_batch`` examples go through a block at once; a streamed slice takes up to
     ``walk_batch`` of them through a block before it loads the next.
@@ -77,8 +77,8 @@ class Footprint:
         """
         spec, memory, shape = self.spec, self.memory, self.shape
         blocks = shape.held if plan.residency == "resident" else 1
-        weights = sum(map(_computed_bytes, (spec.stem, spec.head)))
-        weights += blocks * max(map(_computed_bytes, spec.layers))
+        weights = spec.stem.cost.parameter_bytes + spec.head.cost.parameter_bytes
+        weights += blocks * max(piece.cost.parameter_bytes for piece in spec.layers)
         weights += _stored_beside(spec)
         boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
         walking = plan.walk_batch * boundary
@@ -132,10 +132,6 @@ def _halvings(size: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(math.ceil(sizes[-1] / 2))
     return sizes
-
-
-def _computed_bytes(piece: Piece) -> int:
-    return piece.cost.parameter_bytes
 
 
 def _stored_beside(spec: ModelSpec) -> int:
