@@ -127,6 +127,13 @@ def test_a_machine_that_does_not_fit_is_told_what_is_missing() -> None:
     assert slow.remedy == "Ask for a longer deadline."
 
 
+def test_a_machine_with_too_small_a_disk_is_not_told_to_wait_longer() -> None:
+    profile = make_profile(memory_bytes=2**40, disk_free_bytes=1)
+    with pytest.raises(ConfigurationError, match="of disk") as caught:
+        make_promise(profile, make_calibration(SPEC), SPEC, terms_of(SPEC, {}))
+    assert "disk" in caught.value.remedy
+
+
 def test_a_description_is_read_from_a_file_or_an_export(tmp_path: Path) -> None:
     file = tmp_path / "model.json"
     file.write_text(SPEC.model_dump_json(indent=2), encoding="utf-8")
