@@ -82,10 +82,10 @@ class Session:
                         is_held = self._note_waiting(wait)
                         is_done = self._participation.prepare(wait)
                         self._tell_changed_memory()
-                        self._pace(is_done, asked_at if is_held else None)
+                        self._pace(is_done=is_done, held_since=asked_at if is_held else None)
                     case Train() as train:
                         self._is_reason_known = False
-                        self._pace(self._participation.train(train))
+                        self._pace(is_done=self._participation.train(train))
         except WorkInterrupted:
             LOGGER.debug("stopped as asked")
         finally:
@@ -185,7 +185,7 @@ class Session:
         except ServerRefusedError as error:
             LOGGER.debug("the server does not wait for %s: %s", assignment_id, error)
 
-    def _pace(self, is_done: bool, held_since: float | None = None) -> None:  # noqa: FBT001
+    def _pace(self, *, is_done: bool, held_since: float | None = None) -> None:
         """Wait longer after each failure in a row, and keep off a server that never holds us.
 
         ``held_since`` is when the server was asked, if it could have held its answer back.
