@@ -18,6 +18,9 @@ _GROWTH_BYTES: Final = 6 * 10**6
 _MARGIN: Final = 1.02
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
+_HEAP_GAPS: Final = 1.05
+"""What a resident slice's heap holds for each byte that lives in it (``training/allocator.py``)."""
+
 _STREAMED_MICRO_BATCH: Final = 8
 """Streaming gains nothing from larger micro-batches: a block's weights serve a whole walk batch."""
 
@@ -90,7 +93,7 @@ class Footprint:
             frozen = shape.backward - shape.trained
             kept = (shape.trained - 1) * (memory.kept_bytes + extra)
             kept += frozen * memory.kept_frozen_bytes + shape.backward * boundary
-            working += plan.micro_batch * kept
+            working = int(_HEAP_GAPS * (working + plan.micro_batch * kept))
         idle = memory.idle_bytes + _GROWTH_BYTES
         return int(_MARGIN * (idle + weights + walking + working + self._adapter_bytes()))
 

@@ -113,7 +113,7 @@ class LlamaBlock(ResidualBlock):
 
     @override
     def inner(self, hidden: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        residual: Tensor = hidden + self.self_attn(self.input_layernorm(hidden))
+        residual: Tensor = self.self_attn(self.input_layernorm(hidden)).add_(hidden)
         return residual, self.mlp(self.post_attention_layernorm(residual))
 
 

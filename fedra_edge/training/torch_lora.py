@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,24 +30,58 @@ class LoraLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         rows = hidden.flatten(0, -2)
-        low = F.linear(rows, self.lora_a)
-        out = F.linear(rows, self.weight, self.bias).addmm_(low, self.lora_b.t(), alpha=self.scale)
+        out: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            rows, self.weight, self.bias, self.lora_a, self.lora_b, self.scale
+        )
         return out.view(*hidden.shape[:-1], -1)
 
     @torch.no_grad()
     def pull(self, hidden: Tensor, gradient: Tensor) -> Tensor:
         """Pull a gradient of the output back to the input, without computing the output.
 
-        With y = W x + b + s B (A x):  dA = s (B^T g) x^T,  dB = s g (A x)^T,
-        dx = W^T g + s A^T (B^T g). Gradients of A and B are added where they are trained.
+        Gradients of A and B are added where they are trained.
         """
         rows, pulled = hidden.flatten(0, -2), gradient.flatten(0, -2)
-        low = self.scale * (pulled @ self.lora_b)
+        low_gradient = self.scale * (pulled @ self.lora_b)
         if self.lora_a.requires_grad:
-            _add_gradient(self.lora_a, low.t() @ rows)
-            _add_gradient(self.lora_b, self.scale * (pulled.t() @ F.linear(rows, self.lora_a)))
-        out = (pulled @ self.weight).addmm_(low, self.lora_a)
+            low = F.linear(rows, self.lora_a)
+            _add_gradient(self.lora_a, low_gradient.t() @ rows)
+            _add_gradient(self.lora_b, self.scale * (pulled.t() @ low))
+        out = (pulled @ self.weight).addmm_(low_gradient, self.lora_a)
         return out.view(*hidden.shape[:-1], -1)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = W x + b + s B (A x) for rows x, its backward pass without a buffer more than it needs.
+
+    dA = s (B^T g) x^T,  dB = s g (A x)^T,  dx = W^T g + s A^T (B^T g).
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        return F.linear(rows, weight, bias).addmm_(F.linear(rows, a), b.t(), alpha=scale)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, weight, _, a, b, ctx.scale = inputs
+        ctx.save_for_backward(rows if a.requires_grad else None, weight, a, b)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b = ctx.saved_tensors
+        low_gradient = ctx.scale * (gradient @ b)
+        of_a = of_b = of_rows = None
+        if rows is not None:
+            of_a = low_gradient.t() @ rows
+            of_b = ctx.scale * (gradient.t() @ F.linear(rows, a))
+        if ctx.needs_input_grad[0]:
+            of_rows = (gradient @ weight).addmm_(low_gradient, a)
+        return of_rows, None, None, of_a, of_b, None
 
 
 def pull_linear(linear: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class ResidualBlock(nn.Module):
     def forward(self, hidden: Tensor, *context: Tensor) -> Tensor:
         """Map (examples, tokens, width) to the same shape."""
         residual, entering = self.inner(hidden, *context)
-        out: Tensor = residual + self.last(entering)
+        out: Tensor = self.last(entering).add_(residual)
         return out
 
 

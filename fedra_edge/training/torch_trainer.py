@@ -12,7 +12,7 @@ from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.models import ImageInput, ModelSpec
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_edge.training.allocator import return_freed_memory, trim_heap
+from fedra_edge.training.allocator import return_freed_memory, set_small_objects_apart
 from fedra_edge.training.prefix_cache import PrefixCache
 from fedra_edge.training.torch_calibration import measure_block, warm_up
 from fedra_edge.training.torch_evaluation import ForwardWalk
@@ -37,6 +37,7 @@ class TorchTrainer:
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(found) if device is None else device
         return_freed_memory()
+        set_small_objects_apart()
         warm_up(self._device)
 
     @property
@@ -64,7 +65,7 @@ class TorchTrainer:
             with _prefix_cache(work, data, surroundings) as cache:
                 return LocalTraining(work, data, surroundings, cache, self._device).run()
         finally:
-            trim_heap()
+            return_freed_memory()
 
     def evaluate(
         self,

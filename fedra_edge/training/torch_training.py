@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.errors import SliceError, TrainingInterrupted
 from fedra_edge.protocol.footprint import MemoryPlan
+from fedra_edge.training.allocator import keep_freed_memory, return_freed_memory
 from fedra_edge.training.prefix_cache import PrefixCache
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_optimizers import build_optimizer
@@ -171,8 +172,11 @@ def load_slice(
     Raises:
         SliceError: The pieces do not fit the model.
     """
-    kind = ResidentSlice if plan.residency == "resident" else StreamedSlice
-    return kind(work, parameters, device)
+    if plan.residency == "resident":
+        keep_freed_memory()
+        return ResidentSlice(work, parameters, device)
+    return_freed_memory()
+    return StreamedSlice(work, parameters, device)
 
 
 def is_memory_shortage(error: Exception) -> bool:

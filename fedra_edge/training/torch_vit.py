@@ -115,7 +115,7 @@ class VitBlock(ResidualBlock):
 
     @override
     def inner(self, hidden: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self.attention(self.layernorm_before(hidden))
+        hidden = self.attention(self.layernorm_before(hidden)).add_(hidden)
         return hidden, self.mlp(self.layernorm_after(hidden))
 
 
