@@ -28,7 +28,7 @@ class PromiseGuard:
     def __init__(self, footprint: Footprint, usable_bytes: Callable[[], int]) -> None:
         self._footprint = footprint
         self._usable_bytes = usable_bytes
-        self._plans = tuple(plans(footprint.training))
+        self._plans = tuple(plans(footprint.training, footprint.backend))
         self.step_downs: list[str] = []
         self.promised_bytes = 0
 

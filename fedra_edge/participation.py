@@ -197,7 +197,12 @@ class Participation:
         cost = self._costs.get(model_id) or self._calibrate(model_id)
         shape = SliceShape.of(manifest.layers)
         footprint = Footprint(
-            self._spec(model_id), manifest.adapter, manifest.training, cost.memory, shape
+            self._spec(model_id),
+            manifest.adapter,
+            manifest.training,
+            cost.memory,
+            shape,
+            self._equipment.trainer.backend,
         )
         caps = self._equipment.config.caps
         return PromiseGuard(footprint, partial(measure_usable_memory, caps, unbacked_bytes()))

@@ -123,10 +123,11 @@ class Machine:
         return None
 
     def _plans(self) -> Iterator[MemoryPlan]:
-        """Give all plans for batches as large as the local examples allow."""
+        """Give all plans of this backend for batches as large as the local examples allow."""
         training = self.terms.training
         batch_size = min(training.batch_size, self.calibration.train_examples)
-        return plans(training.model_copy(update={"batch_size": batch_size}))
+        cut = training.model_copy(update={"batch_size": batch_size})
+        return plans(cut, self.profile.backend)
 
     def disk_bytes(self, depth: Depth, trained: int) -> int:
         """Give what the frozen weights of a slice take on disk at most."""
@@ -150,7 +151,7 @@ class Machine:
         memory = self.calibration.memory
         idle_bytes = max(memory.idle_bytes, self.profile.baseline_bytes)
         own = memory.model_copy(update={"idle_bytes": idle_bytes})
-        return Footprint(self.spec, terms.adapter, terms.training, own, shape)
+        return Footprint(self.spec, terms.adapter, terms.training, own, shape, self.profile.backend)
 
     def least_bytes(self, depth: Depth, layers: int = 1, of: Residency | None = None) -> int:
         """Give the least memory that training so many layers takes, in one residency or any."""
@@ -221,7 +222,7 @@ def _why_not_more(machine: Machine, work: Work) -> Iterator[str]:
         elif disk > machine.profile.disk_free_bytes:
             why = f"one more needs {_megabytes(disk)} of disk"
         yield f"{work.num_layers} of {most} layers, because {why}"
-    if residency == "streamed":
+    if residency == "streamed" and machine.profile.backend == "torch":
         need = machine.least_bytes(work.depth, work.num_layers, of="resident")
         yield f"streamed, because weights that stay in memory need {_megabytes(need)}"
     if work.steps < machine.wanted_steps:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from fedra_edge.protocol.devices import BlockMemory
+from fedra_edge.protocol.devices import Backend, BlockMemory
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import LayerRole, Residency, SliceManifest, TrainingSpec
@@ -71,6 +71,7 @@ class Footprint:
     training: TrainingSpec
     memory: BlockMemory
     shape: SliceShape
+    backend: Backend
 
     def peak_bytes(self, plan: MemoryPlan) -> int:
         """Predict the peak memory of the whole process.
@@ -120,10 +121,14 @@ class Footprint:
         )
 
 
-def plans(training: TrainingSpec) -> Iterator[MemoryPlan]:
-    """Give every way to work through a slice, the fastest first."""
-    for micro_batch in _halvings(training.batch_size):
-        yield MemoryPlan("resident", micro_batch, micro_batch)
+def plans(training: TrainingSpec, backend: Backend) -> Iterator[MemoryPlan]:
+    """Give every way in which a backend works through a slice, the fastest first.
+
+    ONNX Runtime always recomputes what a gradient needs, so to it resident weights are of no use.
+    """
+    if backend == "torch":
+        for micro_batch in _halvings(training.batch_size):
+            yield MemoryPlan("resident", micro_batch, micro_batch)
     for micro_batch in _halvings(min(_STREAMED_MICRO_BATCH, training.batch_size)):
         for walk_batch in _halvings(training.batch_size):
             if walk_batch >= micro_batch:

@@ -91,12 +91,34 @@ class AdapterSpec(WireModel):
         return self.alpha / self.rank
 
 
+class PieceGraphs(WireModel):
+    """The computations of a model's pieces as ONNX graphs, for clients without PyTorch.
+
+    All weights are inputs, so one block graph serves every layer. ``block`` and ``block_vjp``
+    have adapters on exactly ``targets``, of any rank; a vjp maps a gradient of the output to
+    gradients of the activations and of what is trained. The wire contract names all inputs.
+    """
+
+    targets: tuple[ShortText, ...]
+    stem: BlobRef
+    block: BlobRef
+    block_vjp: BlobRef
+    head: BlobRef
+    head_vjp: BlobRef
+
+    @property
+    def refs(self) -> tuple[BlobRef, ...]:
+        """All graphs, in the order in which a walk needs them."""
+        return (self.stem, self.block, self.head, self.head_vjp, self.block_vjp)
+
+
 class ModelSpec(WireModel):
     """A registered model: enough to rebuild and check every piece without running its code.
 
     ``config`` is the architecture's own configuration; ``family`` says which builder reads it.
     ``block_linears`` gives (out_features, in_features) of each linear module of a block;
-    ``head_parameters`` are the head's trained tensors with their shapes.
+    ``head_parameters`` are the head's trained tensors with their shapes. ``graphs`` compute its
+    pieces with the default targets; a model without them needs PyTorch on the clients.
     """
 
     name: ShortText
@@ -110,11 +132,14 @@ class ModelSpec(WireModel):
     block_linears: dict[str, tuple[int, int]]
     default_targets: tuple[ShortText, ...]
     head_parameters: dict[str, Shape]
+    graphs: PieceGraphs | None = None
 
     @property
     def model_id(self) -> ModelId:
         """The sha256 of the canonical JSON form: same id, same model."""
-        return ModelId(hashlib.sha256(self.model_dump_json().encode()).hexdigest())
+        left_out = {"graphs"} if self.graphs is None else None
+        told = self.model_dump_json(exclude=left_out)
+        return ModelId(hashlib.sha256(told.encode()).hexdigest())
 
     @property
     def num_layers(self) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedra_edge.protocol.models import AdapterSpec
+from fedra_edge.protocol.models import AdapterSpec, PieceGraphs
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_edge.protocol.wire import Count, Detail, HexDigest, ShortText, WireModel
 
@@ -18,6 +18,7 @@ class EvaluationTask(WireModel):
     model_id: HexDigest
     revision: RevisionManifest
     adapter: AdapterSpec
+    graphs: PieceGraphs | None = None
 
 
 class Evaluation(WireModel):

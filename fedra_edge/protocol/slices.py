@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedra_edge.protocol.ids import AssignmentId, LayerId, RevisionNumber, RoundNumber
-from fedra_edge.protocol.models import MAX_LAYERS, AdapterSpec, BlobRef
+from fedra_edge.protocol.models import MAX_LAYERS, AdapterSpec, BlobRef, PieceGraphs
 from fedra_edge.protocol.wire import (
     ByteCount,
     HexDigest,
@@ -59,7 +59,8 @@ class SliceManifest(WireModel):
     ``micro_batch`` how many examples go through a block at once; a streamed slice takes up to
     ``walk_batch`` examples through a block before it loads the next. ``remaining_s`` is how
     long the round stays open, counted from the moment the server answered, so that wrong
-    clocks do not matter. ``predicted_peak_bytes`` is the memory promise.
+    clocks do not matter. ``predicted_peak_bytes`` is the memory promise. ``graphs`` compute the
+    pieces on ONNX Runtime, with adapters on the targets of ``adapter``.
     """
 
     assignment_id: Token
@@ -78,6 +79,7 @@ class SliceManifest(WireModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     remaining_s: Seconds
     predicted_peak_bytes: ByteCount
+    graphs: PieceGraphs | None = None
 
     @model_validator(mode="after")
     def _layers_ascend_and_one_is_trained(self) -> Self:

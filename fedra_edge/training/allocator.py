@@ -7,6 +7,9 @@ import os
 import sys
 from typing import Any, Final
 
+if sys.platform != "win32":
+    import resource
+
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
@@ -41,9 +44,11 @@ def keep_freed_memory() -> None:
     """Keep freed buffers for the next of their size, until ``return_freed_memory`` is called.
 
     It saves the page faults of steps that free and take the same buffers over and over. glibc
-    takes no larger threshold than 32 MiB; larger buffers stay mappings of their own.
+    takes no larger threshold than 32 MiB; larger buffers stay mappings of their own. Nothing is
+    kept where address space is limited, because a heap seldom gives that back.
     """
-    _set((_M_MMAP_THRESHOLD, _LARGEST_HEAP_BYTES), (_M_TRIM_THRESHOLD, _NEVER))
+    if not _is_address_space_limited():
+        _set((_M_MMAP_THRESHOLD, _LARGEST_HEAP_BYTES), (_M_TRIM_THRESHOLD, _NEVER))
 
 
 def set_small_objects_apart() -> None:
@@ -81,6 +86,13 @@ def trim_heap() -> None:
     malloc_trim = _of_c_library("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def _is_address_space_limited() -> bool:
+    if sys.platform == "win32":
+        return False
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
 
 
 def _set(*settings: tuple[int, int]) -> bool:

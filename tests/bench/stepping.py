@@ -96,7 +96,9 @@ def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
     cost = TorchTrainer(device).calibrate(work.spec, lambda: 2**40)
     manifest = work.manifest
     plan, shape = MemoryPlan.of(manifest), SliceShape.of(manifest.layers)
-    footprint = Footprint(work.spec, manifest.adapter, manifest.training, cost.memory, shape)
+    footprint = Footprint(
+        work.spec, manifest.adapter, manifest.training, cost.memory, shape, "torch"
+    )
     parameters = trained_parameters(work, device)
     loaded = load_slice(work, plan, parameters, device)
     optimizer = build_optimizer(manifest.training, parameters.values())

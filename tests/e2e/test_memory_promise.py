@@ -187,9 +187,11 @@ class Bench:
         held = spec.num_layers if request.depth == "full" else 1
         footprint = Footprint(
             spec, request.adapter, request.training, self._idle[case.model].memory,
-            SliceShape(held=held, backward=held, trained=1),
+            SliceShape(held=held, backward=held, trained=1), "torch",
         )  # fmt: skip
-        return int(case.tightness * min(map(footprint.peak_bytes, plans(request.training))))
+        return int(
+            case.tightness * min(map(footprint.peak_bytes, plans(request.training, "torch")))
+        )
 
     def _register(self, name: str) -> ModelSpec:
         save, weights_dtype = MODELS[name]

@@ -39,6 +39,7 @@ STREAMED_ROOM_BYTES: Final = 130 * MEGABYTE
 
 RUN = "shrinking"
 STEPS = 16
+LARGE_BYTES = 2**44
 TRAINING = {"batch_size": 8, "max_steps": STEPS, "local_epochs": 100, "rank": 2}
 NEIGHBOUR = """
 import sys
@@ -133,6 +134,7 @@ def test_a_client_whose_allocations_fail_steps_down_and_finishes(
     process = psutil.Process(site.client.pid)
     counted = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}[limit]
     idle_bytes = status_bytes(process.pid, counted)
+    process.rlimit(getattr(psutil, limit), (LARGE_BYTES, LARGE_BYTES))
     start_training(federation, site)
     most_bytes = idle_bytes + STREAMED_ROOM_BYTES
     process.rlimit(getattr(psutil, limit), (most_bytes, most_bytes))

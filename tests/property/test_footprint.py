@@ -46,7 +46,7 @@ def footprints(draw: st.DrawFn) -> Footprint:
         optimizer=draw(st.sampled_from(OPTIMIZERS)), batch_size=draw(batch_sizes)
     )
     adapter = make_adapter(rank=draw(st.integers(1, 64)))
-    return Footprint(MODEL, adapter, training, draw(block_memories()), draw(shapes()))
+    return Footprint(MODEL, adapter, training, draw(block_memories()), draw(shapes()), "torch")
 
 
 @st.composite
@@ -112,7 +112,7 @@ def test_a_prediction_holds_the_idle_process_and_the_weights(
 
 @given(batch_sizes)
 def test_plans_are_valid_and_each_comes_once(batch_size: int) -> None:
-    given_plans = list(plans(TrainingSpec(batch_size=batch_size)))
+    given_plans = list(plans(TrainingSpec(batch_size=batch_size), "torch"))
     assert len(set(given_plans)) == len(given_plans)
     for plan in given_plans:
         assert 1 <= plan.micro_batch <= plan.walk_batch <= batch_size
@@ -123,7 +123,7 @@ def test_plans_are_valid_and_each_comes_once(batch_size: int) -> None:
 
 @given(batch_sizes)
 def test_plans_in_memory_come_first_and_large_batches_before_small_ones(batch_size: int) -> None:
-    given_plans = list(plans(TrainingSpec(batch_size=batch_size)))
+    given_plans = list(plans(TrainingSpec(batch_size=batch_size), "torch"))
     residencies = [plan.residency for plan in given_plans]
     assert residencies == sorted(residencies)  # "resident" before "streamed"
     for before, after in pairwise(given_plans):
@@ -133,5 +133,5 @@ def test_plans_in_memory_come_first_and_large_batches_before_small_ones(batch_si
 
 @given(footprints())
 def test_the_last_plan_takes_the_least(footprint: Footprint) -> None:
-    peaks = [footprint.peak_bytes(plan) for plan in plans(footprint.training)]
+    peaks = [footprint.peak_bytes(plan) for plan in plans(footprint.training, footprint.backend)]
     assert peaks[-1] == min(peaks)

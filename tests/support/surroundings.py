@@ -26,6 +26,7 @@ def guard_of(
         manifest.training,
         memory or make_block_memory(),
         SliceShape.of(manifest.layers),
+        "torch",
     )
     return PromiseGuard(footprint, usable_bytes)
 

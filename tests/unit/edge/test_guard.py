@@ -18,8 +18,9 @@ FOOTPRINT = Footprint(
     TrainingSpec(batch_size=16),
     make_block_memory(),
     SliceShape(held=4, backward=4, trained=2),
+    "torch",
 )
-PLANS = tuple(plans(FOOTPRINT.training))
+PLANS = tuple(plans(FOOTPRINT.training, FOOTPRINT.backend))
 FIRST, LAST = PLANS[0], PLANS[-1]
 LEAST_BYTES = FOOTPRINT.peak_bytes(LAST)
 
