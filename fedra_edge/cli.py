@@ -7,14 +7,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -35,14 +34,12 @@ from fedra_edge.identity import Identity, IdentityFile, known_servers
 from fedra_edge.options import Backend, Export, Home, Json, MaxLayers, Memory, Server, Verbose
 from fedra_edge.outbox import Outbox
 from fedra_edge.protocol.version import PROTOCOL_VERSION
+from fedra_edge.resting import CAN_REST, CONTRIBUTED
 from fedra_edge.retrying import FEW_TIMES, Retrier
 from fedra_edge.transport import Transport, open_http_client
 
 if TYPE_CHECKING:
-    from fedra_edge.client import EdgeClient
-
-_LOOK_S: Final = 0.2
-_STOP_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGBREAK")
+    pass
 
 
 def _epilog(example: str) -> str:
@@ -61,6 +58,7 @@ app = typer.Typer(
 
 @app.command(epilog=_epilog("join --server https://plant.example --data images"))
 def join(
+    context: typer.Context,
     server: Server = None,
     data: Annotated[
         Path | None,
@@ -79,6 +77,7 @@ def join(
     threads: Annotated[int | None, typer.Option(help="Processor threads to train with.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
+    contributed: Annotated[int, typer.Option(CONTRIBUTED, hidden=True)] = 0,
 ) -> None:
     """Take part until told to stop (Ctrl-C), through lost connections and server restarts."""
     if server is None:
@@ -89,7 +88,8 @@ def join(
     output = Output(as_json=as_json)
     _configure_logging(is_verbose=verbose)
     with _reported(output, is_verbose=verbose):
-        from fedra_edge.client import EdgeClient
+        from fedra_edge.client import EdgeClient, Resting
+        from fedra_edge.foreground import run_in_foreground, typed_command
 
         config = load_config(
             {
@@ -104,7 +104,10 @@ def join(
                 "threads": threads,
             }
         )
-        _run_until_told(EdgeClient(config, on_progress=output.progress()))
+        arguments: list[str] | None = context.obj
+        resting = Resting(typed_command(arguments), contributed) if arguments else None
+        client = EdgeClient(config, on_progress=output.progress(), resting=resting)
+        run_in_foreground(client)
 
 
 @app.command(epilog=_epilog("profile --model model.json --data images --memory 2GB"))
@@ -279,31 +282,18 @@ def version(as_json: Json = False) -> None:
             "version": __version__,
             "protocol": PROTOCOL_VERSION,
             "python": platform.python_version(),
-            "backends": [name for name in ("torch",) if find_spec(name) is not None],
+            "backends": [
+                backend
+                for backend, package in (("torch", "torch"), ("onnx", "onnxruntime"))
+                if find_spec(package) is not None
+            ],
         }
     )
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
-
-
-def _run_until_told(client: EdgeClient) -> None:
-    """Run a client until it ends or a signal asks for it; a second signal ends at once."""
-    told = threading.Event()
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        told.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    for name in _STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
-    client.start()
-    while not client.wait(_LOOK_S):
-        if told.is_set():
-            client.stop(_LOOK_S)
+    """Run the command line, as a process of its own that may rest."""
+    app(obj=sys.argv[1:] if CAN_REST else None)
 
 
 def _membership(server: str | None, home: Path | None) -> tuple[EdgeConfig, Identity]:

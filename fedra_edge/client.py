@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from fedra_edge.outbox import Outbox
 from fedra_edge.participation import Equipment
 from fedra_edge.profiling import measure_device
 from fedra_edge.progress import ClientProgress, OnProgress, Phase, ProgressBoard
+from fedra_edge.resting import Rest
 from fedra_edge.retrying import Retrier
 from fedra_edge.session import Session
 from fedra_edge.training import load_trainer
@@ -45,8 +47,16 @@ class EdgeOptions(TypedDict, total=False):
     memory_bytes: int | str
     max_layers: int
     disk_quota_bytes: int | str
-    backend: Literal["auto", "torch"]
+    backend: Literal["auto", "torch", "onnx"]
     threads: int
+
+
+@dataclass(frozen=True)
+class Resting:
+    """What a client that may rest is told: the command that starts it, what it did before."""
+
+    command: tuple[str, ...]
+    contributed: int
 
 
 class EdgeClient:
@@ -61,6 +71,7 @@ class EdgeClient:
         trainer: A trainer of the program's own; without it ``config.backend`` is loaded.
         on_progress: Called with every change, from the client's thread; it should be quick.
         http: A connection pool of the program's own, with its base URL set to the server.
+        resting: For the command line: how to rest instead of waiting for long.
     """
 
     def __init__(
@@ -71,6 +82,7 @@ class EdgeClient:
         trainer: Trainer | None = None,
         on_progress: OnProgress | None = None,
         http: httpx.Client | None = None,
+        resting: Resting | None = None,
     ) -> None:
         if dataset is None and config.data is None:
             raise ConfigurationError(
@@ -79,7 +91,9 @@ class EdgeClient:
         self._config = config
         self._dataset = dataset
         self._trainer = trainer
-        self._board = ProgressBoard(on_progress)
+        self._resting = resting
+        self._rest: Rest | None = None
+        self._board = ProgressBoard(on_progress, resting.contributed if resting else 0)
         self._transport = Transport(http or open_http_client(config.server))
         self._control = Control(on_stop=self._transport.interrupt)
         self._thread = threading.Thread(target=self._run, name="fedra-edge")
@@ -133,6 +147,11 @@ class EdgeClient:
         """What the session ended with, if it ended badly."""
         return self._error
 
+    @property
+    def rest(self) -> Rest | None:
+        """How to go on with less memory, when the client ended because it is idle."""
+        return self._rest
+
     def __enter__(self) -> Self:
         """Start, when not started yet."""
         return self if self._thread.ident is not None else self.start()
@@ -149,7 +168,8 @@ class EdgeClient:
     def _run(self) -> None:
         try:
             with home_lock(self._config.home):
-                self._build_session().run()
+                session = self._build_session()
+                session.run()
         except FedraEdgeError as error:
             LOGGER.error("the client ends: %s", error)  # noqa: TRY400 (expected; no traceback)
             self._fail(error)
@@ -157,9 +177,25 @@ class EdgeClient:
             LOGGER.exception("the client ends because of a defect")
             self._fail(error)
         else:
-            self._board.update(phase=Phase.STOPPED, detail="stopped")
+            self._end(session)
         finally:
             self._transport.close()
+
+    def _end(self, session: Session) -> None:
+        if self._resting is None or not session.is_resting:
+            self._board.update(phase=Phase.STOPPED, detail="stopped")
+            return
+        self._board.update(detail="resting until there is work")
+        config = self._config
+        self._rest = Rest(
+            server=config.server,
+            home=config.home,
+            membership=config.membership,
+            poll_s=config.poll_s,
+            caps=config.caps,
+            contributed=self._board.current.rounds_contributed,
+            command=self._resting.command,
+        )
 
     def _fail(self, error: Exception) -> None:
         self._error = error
@@ -172,8 +208,7 @@ class EdgeClient:
         if dataset is None:
             dataset = open_dataset(config.data or Path())
         self._board.update(detail="loading the training runtime")
-        trainer = self._trainer or load_trainer(config.backend)
-        _limit_threads(trainer, config.threads)
+        trainer = self._trainer or load_configured_trainer(config)
         cache = LayerCache(config.blobs, config.disk_quota_bytes, api.download_blob)
         equipment = Equipment(
             config=config,
@@ -193,7 +228,8 @@ class EdgeClient:
             caps=config.caps,
             cached_bytes=cache.used_bytes,
         )
-        return Session(equipment, IdentityFile(config.membership, config.server), measure)
+        identity_file = IdentityFile(config.membership, config.server)
+        return Session(equipment, identity_file, measure, may_rest=self._resting is not None)
 
     def _on_retry(self, error: ServerUnreachableError, wait_s: float) -> None:
         remedy = remedy_of(error)
@@ -248,13 +284,4 @@ def load_configured_trainer(config: SiteConfig) -> Trainer:
     Raises:
         BackendUnavailableError: Its packages are missing or do not work.
     """
-    trainer = load_trainer(config.backend)
-    _limit_threads(trainer, config.threads)
-    return trainer
-
-
-def _limit_threads(trainer: Trainer, threads: int | None) -> None:
-    if threads is not None and trainer.backend == "torch":
-        import torch
-
-        torch.set_num_threads(threads)
+    return load_trainer(config.backend, config.threads)

@@ -105,7 +105,7 @@ class SiteConfig(BaseSettings):
     memory_bytes: SizeBytes | None = None
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     disk_quota_bytes: SizeBytes = 10 * 10**9
-    backend: Literal["auto", "torch"] = "auto"
+    backend: Literal["auto", "torch", "onnx"] = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
 
     @property
@@ -125,7 +125,10 @@ class SiteConfig(BaseSettings):
 
 
 class EdgeConfig(SiteConfig):
-    """The settings of one client: a machine's, and what it does on one server."""
+    """The settings of one client: a machine's, and what it does on one server.
+
+    A client of the command line gives its memory back after ``rest_after_s`` without work.
+    """
 
     server: ServerUrl
     data: Path | None = None
@@ -133,6 +136,7 @@ class EdgeConfig(SiteConfig):
     run: RunName | None = None
     poll_s: Annotated[float, Field(ge=0, le=MAX_POLL_S)] = 25.0
     heartbeat_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    rest_after_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
 
     @property
     def membership(self) -> Path:

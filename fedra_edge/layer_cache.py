@@ -14,8 +14,8 @@ from typing import Final
 
 from fedra_edge.durable_files import set_aside, storage_errors, sync_directory
 from fedra_edge.errors import StorageFullError, UnexpectedAnswerError
+from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.models import BlobRef
-from fedra_edge.protocol.tensors import sha256_of_file
 
 LOGGER: Final = logging.getLogger(__name__)
 _PART: Final = ".part"

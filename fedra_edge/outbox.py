@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from fedra_edge.durable_files import set_aside, storage_errors, write_durably
 from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
+from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId
-from fedra_edge.protocol.tensors import sha256_of_file
 
 LOGGER: Final = logging.getLogger(__name__)
 _TENSORS: Final = ".safetensors"

@@ -58,10 +58,10 @@ OnProgress = Callable[[ClientProgress], None]
 class ProgressBoard:
     """Holds the present progress and tells one listener of every change."""
 
-    def __init__(self, on_progress: OnProgress | None = None) -> None:
+    def __init__(self, on_progress: OnProgress | None = None, contributed: int = 0) -> None:
         self._on_progress = on_progress
         self._lock = threading.Lock()
-        self._current = ClientProgress()
+        self._current = ClientProgress(rounds_contributed=contributed)
 
     @property
     def current(self) -> ClientProgress:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
-
-import numpy as np
 
 from fedra_edge.errors import ServerUnreachableError, WorkInterrupted
 
@@ -44,7 +43,7 @@ class Retrier:
     def __init__(self, stop: threading.Event, on_retry: OnRetry | None = None) -> None:
         self._stop = stop
         self._on_retry = on_retry
-        self._generator = np.random.default_rng()
+        self._generator = secrets.SystemRandom()
 
     def run(self, operation: Callable[[], Answer], policy: RetryPolicy) -> Answer:
         """Run the operation as often as the policy allows.
@@ -63,7 +62,7 @@ class Retrier:
                 failures += 1
                 if policy.max_attempts is not None and failures >= policy.max_attempts:
                     raise
-                self._wait(error, policy.wait_s(failures, float(self._generator.random())))
+                self._wait(error, policy.wait_s(failures, self._generator.random()))
 
     def _wait(self, error: ServerUnreachableError, wait_s: float) -> None:
         if error.retry_after_s is not None:

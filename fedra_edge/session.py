@@ -21,6 +21,7 @@ from fedra_edge.protocol.devices import DeviceProfile
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
 from fedra_edge.protocol.rounds import Assignment, Stop, Train, Wait
+from fedra_edge.resting import WORTH_TELLING
 from fedra_edge.retrying import RetryPolicy
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -29,9 +30,6 @@ _AFTER_FAILURE: Final = RetryPolicy(first_wait_s=1.0, max_wait_s=60.0)
 _QUICK_S: Final = 0.2
 _MAX_QUICK: Final = 5
 _BREATH_S: Final = 1.0
-_WORTH_TELLING: Final = 0.2
-"""By what part usable memory must change before plans are worth making anew."""
-
 _TELLING_S: Final = 60.0
 
 
@@ -43,6 +41,8 @@ class Session:
         equipment: Equipment,
         identity_file: IdentityFile,
         measure: Callable[[], DeviceProfile],
+        *,
+        may_rest: bool = False,
     ) -> None:
         self._equipment = equipment
         self._api = equipment.api
@@ -56,9 +56,13 @@ class Session:
         self._failures = 0
         self._quick_answers = 0
         self._is_reason_known = False
+        self._may_rest = may_rest
+        self._busy_at = time.monotonic()
+        self._is_over = False
+        self.is_resting = False
 
     def run(self) -> None:
-        """Take part until the server or the embedding program says stop.
+        """Take part until the server or the embedding program says stop, or it is time to rest.
 
         Raises:
             ServerRefusedError: The server does not accept this client.
@@ -68,28 +72,35 @@ class Session:
         """
         try:
             self._join()
-            while not self._control.is_stopping:
-                self._rest_while_paused()
-                if not self._deliver():  # new work would be a second delta for the same round
-                    self._pace(is_done=False)
-                    continue
-                asked_at = time.monotonic()
-                match self._ask():
-                    case Stop(reason=reason):
-                        LOGGER.info("the server says stop: %s", reason)
-                        break
-                    case Wait() as wait:
-                        is_held = self._note_waiting(wait)
-                        is_done = self._participation.prepare(wait)
-                        self._tell_changed_memory()
-                        self._pace(is_done=is_done, held_since=asked_at if is_held else None)
-                    case Train() as train:
-                        self._is_reason_known = False
-                        self._pace(is_done=self._participation.train(train))
+            while not (self._control.is_stopping or self._is_over or self.is_resting):
+                self._take_turn()
         except WorkInterrupted:
             LOGGER.debug("stopped as asked")
         finally:
-            self._say_goodbye()
+            if not self.is_resting:
+                self._say_goodbye()
+
+    def _take_turn(self) -> None:
+        """Deliver what is finished, ask what to do, and do it."""
+        self._rest_while_paused()
+        if not self._deliver():  # new work would be a second delta for the same round
+            self._pace(is_done=False)
+            return
+        asked_at = time.monotonic()
+        match self._ask():
+            case Stop(reason=reason):
+                LOGGER.info("the server says stop: %s", reason)
+                self._is_over = True
+            case Wait() as wait:
+                is_held = self._note_waiting(wait)
+                is_done = self._participation.prepare(wait)
+                self._tell_changed_memory()
+                self._pace(is_done=is_done, held_since=asked_at if is_held else None)
+                self.is_resting = self._is_time_to_rest(is_idle=is_held)
+            case Train() as train:
+                self._is_reason_known = False
+                self._pace(is_done=self._participation.train(train))
+                self._busy_at = time.monotonic()
 
     def _join(self) -> None:
         """Come back as who we were, or become a member."""
@@ -124,7 +135,7 @@ class Session:
         if is_early or not self._is_reason_known:
             return
         told_bytes, profile = self._profile.memory_bytes, self._measure()
-        if abs(profile.memory_bytes - told_bytes) > _WORTH_TELLING * told_bytes:
+        if abs(profile.memory_bytes - told_bytes) > WORTH_TELLING * told_bytes:
             LOGGER.info("usable memory went from %d to %d bytes", told_bytes, profile.memory_bytes)
             self._profile = profile
             self._told_at = time.monotonic()
@@ -144,6 +155,15 @@ class Session:
         was_known, self._is_reason_known = self._is_reason_known, is_idle
         self._board.update(phase=Phase.WAITING, detail=wait.reason)
         return was_known and is_idle
+
+    def _is_time_to_rest(self, *, is_idle: bool) -> bool:
+        """Tell whether there has been nothing to do for long enough to give memory back."""
+        now = time.monotonic()
+        if not is_idle:
+            self._busy_at = now
+        is_over = self._control.is_stopping or self._control.is_paused
+        is_long = now - self._busy_at >= self._equipment.config.rest_after_s
+        return self._may_rest and is_long and not is_over
 
     def _rest_while_paused(self) -> None:
         if self._control.is_paused:

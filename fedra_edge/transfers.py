@@ -19,11 +19,11 @@ from fedra_edge.errors import (
 )
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.files import iterate_chunks
 from fedra_edge.protocol.ids import UploadId
 from fedra_edge.protocol.messages import DeltaReceipt, UploadStatus
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.protocol.problems import ProblemCode
-from fedra_edge.protocol.tensors import iterate_chunks
 from fedra_edge.transport import Request, Transport, json_request
 
 _PARTIAL: Final = 206

@@ -10,8 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
-from fedra_edge.protocol.tensors import sha256_of_file
 from fedra_server.assigning import assign
 from fedra_server.choosing import Population
 from fedra_server.clock import Clock

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.messages import DeltaReceipt
 from fedra_edge.protocol.models import Shape
 from fedra_edge.protocol.problems import ProblemCode
-from fedra_edge.protocol.tensors import sha256_of_file
 from fedra_server.admission import check_delta, largest_delta_bytes
 from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome

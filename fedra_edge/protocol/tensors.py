@@ -6,10 +6,8 @@ The format is an 8-byte little-endian header length, a JSON header and the data
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from fedra_edge.protocol.files import iterate_chunks
+
 MAX_HEADER_BYTES: Final = 4 * 2**20
 MAX_TENSORS: Final = 100_000
 MAX_DIMENSIONS: Final = 8
 _LENGTH_BYTES: Final = 8
 _ALIGNMENT: Final = 8
-_CHUNK_BYTES: Final = 2**20
 _DTYPES: Final[Mapping[str, str]] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
     "I8": "<i1", "U8": "<u1", "BOOL": "|b1", "BF16": "<u2",
@@ -48,12 +47,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     size_bytes: int
-
-
-def sha256_of_file(path: Path) -> str:
-    """Digest a file without holding it in memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def serialize_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
@@ -123,16 +116,6 @@ def map_stored(path: Path, info: TensorInfo) -> NDArray[Any]:
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Read a whole file that is known to be small."""
     return {name: read_tensor(path, info) for name, info in read_header(path).items()}
-
-
-def iterate_chunks(path: Path, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
-    """Yield a file's bytes from ``start``, at most ``size_bytes`` of them, in bounded chunks."""
-    remaining = path.stat().st_size - start if size_bytes is None else size_bytes
-    with path.open("rb") as file:
-        file.seek(start, os.SEEK_SET)
-        while remaining > 0 and (chunk := file.read(min(_CHUNK_BYTES, remaining))):
-            remaining -= len(chunk)
-            yield chunk
 
 
 def iterate_float32(path: Path, info: TensorInfo) -> Iterator[bytes]:

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Header, Response
 from fastapi.responses import StreamingResponse
 
 from fedra_edge.protocol import routes
+from fedra_edge.protocol.files import iterate_chunks
 from fedra_edge.protocol.problems import ProblemCode
-from fedra_edge.protocol.tensors import iterate_chunks
 from fedra_edge.protocol.wire import HexDigest
 from fedra_server.http.auth import Caller, SpeaksProtocol
 from fedra_server.http.models import IMMUTABLE

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from fedra_edge.protocol.files import iterate_chunks
 from fedra_edge.protocol.models import BlobRef
-from fedra_edge.protocol.tensors import iterate_chunks
 from fedra_server.errors import NotFoundError
 from fedra_server.storage.durability import disk_errors, make_directory, replace_durably
 

@@ -14,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from fedra_edge.protocol.files import iterate_chunks, sha256_of_file
 from fedra_edge.protocol.tensors import (
     MAX_HEADER_BYTES,
     MalformedTensorsError,
-    iterate_chunks,
     iterate_float32,
     read_header,
     read_tensors,
     serialize_tensors,
-    sha256_of_file,
     tensor_file_bytes,
 )
 

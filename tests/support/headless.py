@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId, UploadId
 from fedra_edge.protocol.messages import DeltaReceipt
 from fedra_edge.protocol.models import ModelSpec
-from fedra_edge.protocol.tensors import FloatArray, serialize_tensors, sha256_of_file
+from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.coordinator import Coordinator
 from fedra_server.publishing import initial_revision
