@@ -36,7 +36,7 @@ format: $(STAMP)  ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## Run all benchmarks, side by side with what they compare to
-	for bench in memory step_time; do $(BIN)/python -m tests.bench.$$bench || exit 1; done
+	for bench in memory step_time idle install; do $(BIN)/python -m tests.bench.$$bench || exit 1; done
 
 clean:  ## Remove everything that make made
 	rm -rf $(VENV) .cache demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

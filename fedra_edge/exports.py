@@ -9,13 +9,14 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedra_edge.data.tokenizing import TextTokenizer
-from fedra_edge.errors import ConfigurationError, SliceError
+from fedra_edge.errors import ConfigurationError, FedraEdgeError, SliceError
 from fedra_edge.protocol.families import Family, family_named
+from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.layers import LORA_A, LORA_B
 from fedra_edge.protocol.models import AdapterSpec, ImageInput, ModelSpec
 from fedra_edge.protocol.tensors import TensorInfo, read_header, read_tensors
 from fedra_edge.slicing import piece_refs
-from fedra_edge.training.trainer import PieceFile, WholeModel
+from fedra_edge.training.trainer import GraphFiles, PieceFile, WholeModel
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 _PEFT_PREFIX = "base_model.model."
@@ -93,7 +94,13 @@ def open_tokenizer(directory: Path, spec: ModelSpec) -> TextTokenizer | None:
 
 
 def damaged(spec: ModelSpec, error: Exception) -> ConfigurationError:
-    """Make the error for an export in which something is missing or does not fit."""
+    """Make the error for an export in which something is missing or does not fit.
+
+    An error that has a remedy of its own keeps it: then this machine is what is not fit.
+    """
+    if isinstance(error, FedraEdgeError) and error.remedy:
+        message = f"the export of model {spec.name} cannot be used here: {error}"
+        return ConfigurationError(message, remedy=error.remedy)
     return ConfigurationError(
         f"the export of model {spec.name} is damaged: {error}",
         remedy="Export the model once more with `fedra-server export`.",
@@ -112,7 +119,19 @@ def _opened(directory: Path, spec: ModelSpec) -> WholeModel:
     pieces = _pieces_of(directory / "base" / "model.safetensors", family)
     if pieces.keys() != piece_refs(spec, spec.layer_ids).keys():
         raise SliceError("the exported base does not have the exported model's layers")
-    return WholeModel(spec, adapter, pieces, adapters)
+    return WholeModel(spec, adapter, pieces, adapters, _graphs_of(directory, spec))
+
+
+def _graphs_of(directory: Path, spec: ModelSpec) -> GraphFiles | None:
+    """Give the graphs that came with the export; they must be those that the model names."""
+    if spec.graphs is None:
+        return None
+    refs = spec.graphs.by_name
+    files: GraphFiles = {name: directory / "graphs" / f"{name}.onnx" for name in refs}
+    for name, path in files.items():
+        if sha256_of_file(path) != refs[name].sha256:
+            raise SliceError(f"{path.name} in graphs is not what model.json names")
+    return files
 
 
 def _parsed(kind: type[Parsed], path: Path) -> Parsed:

@@ -22,7 +22,7 @@ Memory = Annotated[
 ]
 Export = Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")]
 MaxLayers = Annotated[int | None, typer.Option(help="The most layers to train in a round.")]
-Backend = Annotated[str | None, typer.Option(help="The training runtime: auto or torch.")]
+Backend = Annotated[str | None, typer.Option(help="The training runtime: auto, torch or onnx.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more to standard error.")]
 

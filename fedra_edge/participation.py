@@ -40,7 +40,7 @@ from fedra_edge.protocol.ids import ModelId
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.rounds import Evaluation, EvaluationTask, Train, Wait
 from fedra_edge.protocol.slices import SliceManifest
-from fedra_edge.slicing import fetch_tokenizer, materialize, whole_model
+from fedra_edge.slicing import fetch_tokenizer, find_graphs, materialize, whole_model
 from fedra_edge.training.trainer import BlockCost, Surroundings, TrainedSlice, Trainer
 from fedra_edge.transport import Traffic, Transport
 
@@ -126,7 +126,9 @@ class Participation:
         spec = self._spec(model_id)
         data = self._data(model_id)
         self._board.update(phase=Phase.CALIBRATING, detail=f"measuring a block of {spec.name}")
-        cost = self._costs[model_id] = self._equipment.trainer.calibrate(spec, self._usable_memory)
+        graphs = find_graphs(spec.graphs, self._equipment.layer_cache)
+        cost = self._equipment.trainer.calibrate(spec, self._usable_memory, graphs)
+        self._costs[model_id] = cost
         train, held_out = len(data.train_indices), len(data.held_out_indices)
         self._api.calibrate(cost.calibration(model_id, train, held_out))
         return cost

@@ -191,5 +191,8 @@ def predict(
     reading = _Reading(open_examples(data, spec.input), spec.input, open_tokenizer(directory, spec))
     computing = trainer or load_configured_trainer(config)
     usable_memory = partial(measure_usable_memory, config.caps)
-    probabilities = computing.predict(model, reading.inputs(), should_stop, usable_memory)
+    try:
+        probabilities = computing.predict(model, reading.inputs(), should_stop, usable_memory)
+    except SliceError as error:
+        raise damaged(spec, error) from error
     return Predictions(spec, reading, probabilities, top)

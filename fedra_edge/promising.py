@@ -14,15 +14,15 @@ from fedra_edge.data.dataset import HELD_OUT_PERCENT
 from fedra_edge.data.matching import match_labels
 from fedra_edge.data.opening import open_dataset
 from fedra_edge.data.tokenizing import TextTokenizer
-from fedra_edge.errors import ConfigurationError, MemoryShortError
-from fedra_edge.exports import open_tokenizer, read_model_description
+from fedra_edge.errors import ConfigurationError, SliceError
+from fedra_edge.exports import open_export, open_tokenizer, read_model_description
 from fedra_edge.profiling import measure_device, measure_usable_memory
-from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.devices import Backend, Calibration, DeviceProfile
 from fedra_edge.protocol.fitting import Machine, Terms, Unfit, fit_work
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec, TokenInput
 from fedra_edge.protocol.slices import Depth, Residency, TrainingSpec
 from fedra_edge.protocol.tensors import tensor_file_bytes
-from fedra_edge.training.trainer import Trainer
+from fedra_edge.training.trainer import GraphFiles, Trainer
 
 DEADLINE_S: Final = 600.0
 """A round's deadline, where headquarters chooses no other."""
@@ -87,6 +87,7 @@ def terms_of(spec: ModelSpec, chosen: Mapping[str, Any]) -> Terms:
         deadline_s=chosen.get("deadline", DEADLINE_S),
         depth=chosen.get("depth", "auto"),
         max_layers=None,
+        has_graphs=spec.graphs is not None,
     )
 
 
@@ -124,8 +125,9 @@ def measure_promise(path: Path, chosen: Mapping[str, Any], config: SiteConfig) -
         matched = match_labels(dataset, spec.labels, tokenizer)
         train, held_out = len(matched.train_indices), len(matched.held_out_indices)
     try:
-        cost = trainer.calibrate(spec, partial(measure_usable_memory, config.caps))
-    except MemoryShortError as error:
+        graphs = _graphs(path, trainer.backend)
+        cost = trainer.calibrate(spec, partial(measure_usable_memory, config.caps), graphs)
+    except SliceError as error:
         raise ConfigurationError(str(error), remedy=error.remedy) from error
     idle_bytes = cost.memory.idle_bytes + _JOINED_BYTES
     joined = replace(cost, memory=cost.memory.model_copy(update={"idle_bytes": idle_bytes}))
@@ -202,6 +204,18 @@ def _tokenizer(path: Path, spec: ModelSpec) -> TextTokenizer | None:
             remedy="Give --examples N instead of --data, or an exported model.",
         )
     return open_tokenizer(path, spec)
+
+
+def _graphs(path: Path, backend: Backend) -> GraphFiles | None:
+    """Find the model's graphs, where the backend computes with them."""
+    if backend != "onnx":
+        return None
+    if not path.is_dir():
+        raise ConfigurationError(
+            "a block cannot be measured on ONNX Runtime without the model's graphs",
+            remedy="Give an exported model.",
+        )
+    return open_export(path).graphs
 
 
 def _too_small(machine: Machine, unfit: Unfit, need_bytes: int) -> ConfigurationError:

@@ -12,11 +12,24 @@ from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.protocol.models import AdapterSpec, BlobRef, ModelSpec, Shape, TokenInput
+from fedra_edge.protocol.models import (
+    AdapterSpec,
+    BlobRef,
+    GraphName,
+    ModelSpec,
+    PieceGraphs,
+    Shape,
+    TokenInput,
+)
 from fedra_edge.protocol.rounds import EvaluationTask
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, MalformedTensorsError, read_header, read_tensor
-from fedra_edge.training.trainer import PieceFile, SliceWork, WholeModel
+from fedra_edge.training.trainer import (
+    GraphFiles,
+    PieceFile,
+    SliceWork,
+    WholeModel,
+)
 
 
 class LayerSource(Protocol):
@@ -39,11 +52,11 @@ def materialize(manifest: SliceManifest, spec: ModelSpec, layer_cache: LayerSour
         manifest.revision, manifest.adapter, spec, layer_cache, manifest.layer_ids
     )
     weights = {piece: layer_cache.path(ref) for piece, ref in refs.items()}
-    return SliceWork(spec, manifest, weights, adapters)
+    return SliceWork(spec, manifest, weights, adapters, find_graphs(manifest.graphs, layer_cache))
 
 
 def whole_model(task: EvaluationTask, spec: ModelSpec, layer_cache: LayerSource) -> WholeModel:
-    """Read all adapters of a revision; frozen weights are fetched when they are looked up.
+    """Read all adapters of a revision; weights and graphs are fetched when they are looked up.
 
     Raises:
         SliceError: The task does not fit the model, or a blob is not what it should hold.
@@ -51,7 +64,13 @@ def whole_model(task: EvaluationTask, spec: ModelSpec, layer_cache: LayerSource)
     _check_model(task.model_id, task.revision, spec)
     adapters = _read_adapters(task.revision, task.adapter, spec, layer_cache, spec.layer_ids)
     weights = FetchedPieces(piece_refs(spec, spec.layer_ids), layer_cache)
-    return WholeModel(spec, task.adapter, weights, adapters)
+    graphs = find_graphs(task.graphs, layer_cache)
+    return WholeModel(spec, task.adapter, weights, adapters, graphs)
+
+
+def find_graphs(graphs: PieceGraphs | None, layer_cache: LayerSource) -> GraphFiles | None:
+    """Say where a model's graphs are, if there are any; a backend without use for them has none."""
+    return None if graphs is None else FetchedGraphs(graphs, layer_cache)
 
 
 def fetch_tokenizer(spec: ModelSpec, layer_cache: LayerSource) -> TextTokenizer | None:
@@ -85,6 +104,26 @@ class FetchedPieces(Mapping[str, PieceFile]):
 
     @override
     def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._refs)
+
+
+class FetchedGraphs(Mapping[GraphName, Path]):
+    """Graphs by name, fetched on look-up, because only ONNX Runtime asks for them."""
+
+    def __init__(self, graphs: PieceGraphs, layer_cache: LayerSource) -> None:
+        self._refs = graphs.by_name
+        self._layer_cache = layer_cache
+
+    @override
+    def __getitem__(self, name: GraphName) -> Path:
+        return self._layer_cache.path(self._refs[name])
+
+    @override
+    def __iter__(self) -> Iterator[GraphName]:
         return iter(self._refs)
 
     @override

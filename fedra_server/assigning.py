@@ -34,6 +34,7 @@ def assign(
         seed=planned.seed,
         remaining_s=run.spec.deadline_s,
         predicted_peak_bytes=work.predicted_peak_bytes,
+        graphs=run.spec.graphs,
     )
     return AssignmentRecord(
         assignment_id=assignment_id,

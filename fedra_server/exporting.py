@@ -1,4 +1,4 @@
-"""Writes a revision as plain files: a Hugging Face base model and a peft adapter on top of it."""
+"""Writes a revision as plain files: a Hugging Face base with a peft adapter, or one ONNX model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pydantic import JsonValue
 
-from fedra_edge.protocol.families import Family, family_named
+from fedra_edge.protocol.families import ONNX_FAMILY, Family, family_named
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec, TokenInput
 from fedra_edge.protocol.slices import RevisionManifest
@@ -29,7 +30,8 @@ _BILINEAR: Final = 2
 _README: Final = """# {name}, revision {number}
 
 `base/` is the model as it was registered, `adapter/` what was tuned on top of it: LoRA of rank
-{rank} on every layer, and the head. `model.json` describes the model to fedra.
+{rank} on every layer, and the head. `model.json` describes the model to fedra; `graphs/`, where
+there is one, is for computing it without PyTorch.
 
 ```python
 from peft import PeftModel
@@ -41,6 +43,14 @@ model = PeftModel.from_pretrained(base, "adapter").eval()
 ```
 
 `fedra-edge evaluate --export DIR --data DIR` measures its accuracy on a folder of {examples}.
+"""
+_ONNX_README: Final = """# {name}, revision {number}
+
+`base/` holds the model's weights as they were registered, `adapter/` what was tuned on top of
+them: LoRA of rank {rank} on every layer, and the head. `graphs/` is how they compute.
+
+`fedra-edge evaluate --export DIR --data DIR` measures its accuracy on a folder of {examples};
+`fedra-server export --format onnx` writes one model instead, for any ONNX runtime.
 """
 _IMAGE_WORDS: Final = {
     "base_class": "AutoModelForImageClassification",
@@ -72,24 +82,68 @@ def export_revision(
 ) -> None:
     """Write a revision to a new directory; nothing large is held in memory.
 
-    The directory gets its name when it is complete.
+    The directory gets its name when it is complete. The graphs of ``spec`` go with it, for
+    clients without PyTorch; they must be those of the adapter's targets.
 
     Raises:
         ConflictError: The directory exists already and is not empty.
         ConfigurationError: The directory cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConflictError(f"{out} exists already", remedy="Name a new directory.")
     family = family_named(spec.family)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _new_directory(out) as partial:
         _write_base(spec, family, blobs, partial / "base")
         _write_adapter(family, revision, blobs, partial / "adapter")
         peft_config = _peft_config(spec, family, adapter)
         _write_json(partial / "adapter" / "adapter_config.json", peft_config)
+        _write_graphs(spec, blobs, partial / "graphs")
         _write_text(partial / "model.json", spec.model_dump_json(indent=2))
         _write_text(partial / "README.md", _readme(spec, adapter, revision))
+
+
+def export_onnx(
+    spec: ModelSpec,
+    adapter: AdapterSpec,
+    revision: RevisionManifest,
+    blobs: BlobStore,
+    out: Path,
+) -> None:
+    """Write a revision to a new directory as one ONNX model, adapters fused into its weights.
+
+    The directory gets its name when it is complete.
+
+    Raises:
+        ConflictError: The directory exists already and is not empty.
+        ConfigurationError: The directory cannot be written, the model has no graphs, or the
+            package onnx is not installed.
+    """
+    if spec.graphs is None:
+        raise ConfigurationError(
+            f"model {spec.name} was registered without ONNX graphs",
+            remedy="Export without --format, or register the model with graphs.",
+        )
+    try:
+        from fedra_server.modelbook.onnx_fusing import FusedModel
+    except ImportError as error:
+        raise ConfigurationError(
+            "writing ONNX models needs the package onnx",
+            remedy="Install it: pip install 'fedra[modelbook]'",
+        ) from error
+    with _new_directory(out) as partial:
+        FusedModel(spec, spec.graphs, adapter, revision, blobs).write(partial / "model.onnx")
+        if isinstance(spec.input, TokenInput):
+            shutil.copyfile(blobs.path(spec.input.tokenizer.sha256), partial / "tokenizer.json")
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """Give a directory to fill, which gets the name ``out`` when nothing went wrong."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConflictError(f"{out} exists already", remedy="Name a new directory.")
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
         if out.exists():
             out.rmdir()
         partial.replace(out)
@@ -107,9 +161,16 @@ def _write_base(spec: ModelSpec, family: Family, blobs: BlobStore, directory: Pa
     ]
     directory.mkdir(parents=True)
     _concatenate(sources, directory / "model.safetensors")
-    _write_json(directory / "config.json", spec.config)
     if isinstance(spec.input, TokenInput):
         shutil.copyfile(blobs.path(spec.input.tokenizer.sha256), directory / "tokenizer.json")
+    if family.name != ONNX_FAMILY:
+        _write_configs(spec, family, directory)
+
+
+def _write_configs(spec: ModelSpec, family: Family, directory: Path) -> None:
+    """Say to transformers what the model is and how its input is prepared."""
+    _write_json(directory / "config.json", spec.config)
+    if isinstance(spec.input, TokenInput):
         _write_json(directory / "tokenizer_config.json", _tokenizer_config(spec.input))
     else:
         _write_json(directory / "preprocessor_config.json", _preprocessor(spec.input, family))
@@ -125,6 +186,15 @@ def _write_adapter(
     ]
     directory.mkdir(parents=True)
     _concatenate(sources, directory / "adapter_model.safetensors")
+
+
+def _write_graphs(spec: ModelSpec, blobs: BlobStore, directory: Path) -> None:
+    """Copy the graphs that clients without PyTorch compute with, if the model has any."""
+    if spec.graphs is None:
+        return
+    directory.mkdir()
+    for name, ref in spec.graphs.by_name.items():
+        shutil.copyfile(blobs.path(ref.sha256), directory / f"{name}.onnx")
 
 
 def _tensors(ref: BlobRef, blobs: BlobStore) -> Iterator[tuple[str, Path, TensorInfo]]:
@@ -162,7 +232,8 @@ def _peft_config(spec: ModelSpec, family: Family, adapter: AdapterSpec) -> Mappi
 
 def _readme(spec: ModelSpec, adapter: AdapterSpec, revision: RevisionManifest) -> str:
     words = _TEXT_WORDS if isinstance(spec.input, TokenInput) else _IMAGE_WORDS
-    return _README.format(name=spec.name, number=revision.number, rank=adapter.rank, **words)
+    text = _ONNX_README if spec.family == ONNX_FAMILY else _README
+    return text.format(name=spec.name, number=revision.number, rank=adapter.rank, **words)
 
 
 def _tokenizer_config(wanted: TokenInput) -> Mapping[str, JsonValue]:

@@ -27,7 +27,7 @@ def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
     runs = [run for run in store.runs() if client.run in {None, run.run}]
     active = [run for run in runs if run.state in _ACTIVE]
     for run in active:
-        if store.calibration(client.client_id, run.model_id) is None:
+        if _lacks_calibration(store, client, run):
             reason = f"run {run.run} needs to know what its model costs on this machine"
             return Wait(reason=reason, calibrate=run.model_id)
     for run in runs:
@@ -53,8 +53,17 @@ def _train(
     return Train(manifest=manifest, evaluate=_evaluation(store, client, run, base))
 
 
+def _lacks_calibration(store: Store, client: ClientRecord, run: RunRecord) -> bool:
+    """Tell whether a client could take part in a run but has not measured its model."""
+    if run.spec.terms.why_not_on(client.profile.backend):
+        return False
+    return store.calibration(client.client_id, run.model_id) is None
+
+
 def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     """Explain why an active run has no work for this client now."""
+    if obstacle := run.spec.terms.why_not_on(client.profile.backend):
+        return f"this machine cannot take part in run {run.run}: {obstacle}"
     calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None:
         return f"run {run.run} needs to know what its model costs on this machine"
@@ -90,6 +99,8 @@ def _evaluation(
     calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None or calibration.held_out_examples == 0:
         return None
+    if run.spec.terms.why_not_on(client.profile.backend):
+        return None
     if store.has_evaluation(client.client_id, run.run, number):
         return None
     return EvaluationTask(
@@ -97,4 +108,5 @@ def _evaluation(
         model_id=run.model_id,
         revision=revision.manifest,
         adapter=run.spec.adapter,
+        graphs=run.spec.graphs,
     )

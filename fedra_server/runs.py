@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedra_edge.protocol.fitting import DepthPolicy, Terms
-from fedra_edge.protocol.models import AdapterSpec
+from fedra_edge.protocol.models import AdapterSpec, PieceGraphs
 from fedra_edge.protocol.slices import TrainingSpec
 
 AllocationScheme = Literal["balanced", "independent"]
@@ -43,7 +43,8 @@ class RunSpec(BaseModel):
     ``allocation``: ``balanced`` draws with guaranteed coverage, ``independent`` draws each row
     uniformly as published. ``merge_weighting``: ``uniform`` as published, ``num_examples``, or
     ``inverse_chance``, the inverse of a participant's chance to hold a layer, capped at
-    ``max_inverse_chance``. ``max_layers`` caps the layers that any participant trains.
+    ``max_inverse_chance``. ``max_layers`` caps the layers that any participant trains. ``graphs``
+    compute the pieces on clients without PyTorch, with adapters on this run's targets.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class RunSpec(BaseModel):
     max_inverse_chance: Annotated[float, Field(ge=1, le=1e6)] = 4.0
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    graphs: PieceGraphs | None = None
 
     @property
     def terms(self) -> Terms:
@@ -69,4 +71,5 @@ class RunSpec(BaseModel):
             deadline_s=self.deadline_s,
             depth=self.depth,
             max_layers=self.max_layers,
+            has_graphs=self.graphs is not None,
         )

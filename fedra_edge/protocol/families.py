@@ -9,8 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from typing_extensions import override
+
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
+
+ONNX_FAMILY: Final = "onnx"
+"""The family of models that are only there as graphs, which no framework code can rebuild."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,18 @@ class Family:
         return tuple(path for path in self.head if path.rpartition(".")[2] in modules)
 
 
+class _OnlyGraphs(Family):
+    """Models that are only there as graphs: tensors of the whole are named as on the wire."""
+
+    @override
+    def full_name(self, key: TensorKey) -> str:
+        return str(key)
+
+    @override
+    def locate(self, full_name: str) -> TensorKey:
+        return TensorKey.parse(full_name)
+
+
 FAMILIES: Final = (
     Family(
         name="vit",
@@ -97,13 +114,25 @@ FAMILIES: Final = (
 )
 
 
+_ONLY_GRAPHS: Final = _OnlyGraphs(
+    name=ONNX_FAMILY,
+    architecture="",
+    image_processor=None,
+    stem=STEM,
+    layers="layers",
+    head=(HEAD,),
+    default_targets=(),
+    head_parameters=(),
+)
+
+
 def family_named(name: str) -> Family:
     """Look a family up by the name a ModelSpec carries.
 
     Raises:
         ValueError: There is no such family.
     """
-    for family in FAMILIES:
+    for family in (*FAMILIES, _ONLY_GRAPHS):
         if family.name == name:
             return family
     known = ", ".join(family.name for family in FAMILIES)

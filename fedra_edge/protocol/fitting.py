@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from fedra_edge.protocol.devices import Calibration, DeviceProfile
+from fedra_edge.protocol.devices import Backend, Calibration, DeviceProfile
 from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape, plans
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import Depth, Residency, TrainingSpec
@@ -31,13 +31,23 @@ _MEGABYTE: Final = 10**6
 
 @dataclass(frozen=True)
 class Terms:
-    """What of a run decides what a machine can do in it."""
+    """What of a run decides what a machine can do in it.
+
+    Without graphs, only PyTorch can compute it.
+    """
 
     adapter: AdapterSpec
     training: TrainingSpec
     deadline_s: float
     depth: DepthPolicy
     max_layers: int | None
+    has_graphs: bool = True
+
+    def why_not_on(self, backend: Backend) -> str | None:
+        """Tell why a backend cannot compute the run; None when it can."""
+        if backend == "torch" or self.has_graphs:
+            return None
+        return "it has no graphs for clients without PyTorch"
 
     @property
     def training_s(self) -> float:
@@ -196,6 +206,8 @@ def fit_work(
     profile: DeviceProfile, calibration: Calibration, spec: ModelSpec, terms: Terms
 ) -> Work | Unfit:
     """Choose depth, residency, number of trained layers, batches and steps for one machine."""
+    if obstacle := terms.why_not_on(profile.backend):
+        return Unfit(obstacle)
     machine = Machine(profile, calibration, spec, terms)
     for depth in terms.depths:
         work = machine.work(depth)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
 from fedra_edge.protocol.devices import Backend, BlockMemory
 from fedra_edge.protocol.ids import LayerId
-from fedra_edge.protocol.models import AdapterSpec, ModelSpec
+from fedra_edge.protocol.models import AdapterSpec, ModelSpec, Piece
 from fedra_edge.protocol.slices import LayerRole, Residency, SliceManifest, TrainingSpec
 
-_GROWTH_BYTES: Final = 6 * 10**6
+_GROWTH_BYTES: Final[Mapping[Backend, int]] = {"torch": 6 * 10**6, "onnx": 3 * 10**6}
 """What an idle client grows by between its calibration and its work: library pages, buffers."""
 
-_MARGIN: Final = 1.02
+_MARGIN: Final[Mapping[Backend, float]] = {"torch": 1.02, "onnx": 1.01}
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
 _HEAP_GAPS: Final = 1.05
@@ -80,23 +80,39 @@ class Footprint:
         them, the activations kept between layers or by autograd, and one block's working memory.
         """
         spec, memory, shape = self.spec, self.memory, self.shape
-        blocks = shape.held if plan.residency == "resident" else 1
-        weights = spec.stem.cost.parameter_bytes + spec.head.cost.parameter_bytes
-        weights += blocks * max(piece.cost.parameter_bytes for piece in spec.layers)
-        weights += _stored_beside(spec)
+        is_streamed = plan.residency == "streamed" or self.backend == "onnx"
+        weights = self._passing_bytes()
+        if self.backend == "torch":
+            weights = _resident_bytes(spec, 1 if is_streamed else shape.held)
         boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
         walking = plan.walk_batch * boundary
         extra = self._extra_kept_bytes(boundary)
         working = memory.fixed_bytes + plan.micro_batch * (memory.working_bytes + extra)
-        if plan.residency == "streamed":
+        if is_streamed:
             walking += plan.walk_batch * shape.backward * boundary
         else:
             frozen = shape.backward - shape.trained
             kept = (shape.trained - 1) * (memory.kept_bytes + extra)
             kept += frozen * memory.kept_frozen_bytes + shape.backward * boundary
             working = int(_HEAP_GAPS * (working + plan.micro_batch * kept))
-        idle = memory.idle_bytes + _GROWTH_BYTES
-        return int(_MARGIN * (idle + weights + walking + working + self._adapter_bytes()))
+        idle = memory.idle_bytes + _GROWTH_BYTES[self.backend]
+        parts = idle + weights + walking + working + self._adapter_bytes()
+        return int(_MARGIN[self.backend] * parts)
+
+    def _passing_bytes(self) -> int:
+        """Give what the head and one other piece take, which is all that ONNX Runtime holds.
+
+        A tensor stored in half precision is beside the piece only while it is widened itself.
+        """
+        spec = self.spec
+        linears = spec.block_linears.values()
+        largest = 2 * max(out_features * in_features for out_features, in_features in linears)
+        layers = (
+            piece.cost.parameter_bytes + min(_stored_beside(piece), largest)
+            for piece in spec.layers
+        )
+        stem = spec.stem.cost.parameter_bytes + _stored_beside(spec.stem)
+        return spec.head.cost.parameter_bytes + max(stem, *layers)
 
     def _extra_kept_bytes(self, boundary_bytes: int) -> int:
         """What a trained layer keeps per example for adapters the measured block does not have.
@@ -142,13 +158,17 @@ def _halvings(size: int) -> list[int]:
     return sizes
 
 
-def _stored_beside(spec: ModelSpec) -> int:
+def _resident_bytes(spec: ModelSpec, blocks: int) -> int:
+    """Give what stem, head and some blocks take, with the largest file that is being widened."""
+    weights = spec.stem.cost.parameter_bytes + spec.head.cost.parameter_bytes
+    weights += blocks * max(piece.cost.parameter_bytes for piece in spec.layers)
+    return weights + max(map(_stored_beside, (spec.stem, *spec.layers, spec.head)))
+
+
+def _stored_beside(piece: Piece) -> int:
     """Give what a piece takes in its file while it is widened, when stored in half precision."""
-    pieces = (spec.stem, *spec.layers, spec.head)
-    return max(
-        (p.weights.size_bytes for p in pieces if p.weights.size_bytes < p.cost.parameter_bytes),
-        default=0,
-    )
+    is_widened = piece.weights.size_bytes < piece.cost.parameter_bytes
+    return piece.weights.size_bytes if is_widened else 0
 
 
 def _layer_adapter_bytes(spec: ModelSpec, adapter: AdapterSpec) -> int:

@@ -91,6 +91,9 @@ class AdapterSpec(WireModel):
         return self.alpha / self.rank
 
 
+GraphName = Literal["stem", "block", "block_vjp", "head", "head_vjp"]
+
+
 class PieceGraphs(WireModel):
     """The computations of a model's pieces as ONNX graphs, for clients without PyTorch.
 
@@ -105,6 +108,17 @@ class PieceGraphs(WireModel):
     block_vjp: BlobRef
     head: BlobRef
     head_vjp: BlobRef
+
+    @property
+    def by_name(self) -> dict[GraphName, BlobRef]:
+        """All graphs by the names of these fields."""
+        return {
+            "stem": self.stem,
+            "block": self.block,
+            "block_vjp": self.block_vjp,
+            "head": self.head,
+            "head_vjp": self.head_vjp,
+        }
 
     @property
     def refs(self) -> tuple[BlobRef, ...]:

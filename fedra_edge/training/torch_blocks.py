@@ -18,15 +18,17 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from fedra_edge.errors import SliceError
+from fedra_edge.protocol.families import ONNX_FAMILY
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, TensorKey, layer_piece
 from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.tensors import FloatArray, TensorInfo, map_stored, read_header
+from fedra_edge.protocol.vit import VitSettings
 from fedra_edge.training.torch_llama import LlamaBlock, LlamaHead, LlamaStem, real_tokens
 from fedra_edge.training.torch_lora import attach_adapter
 from fedra_edge.training.torch_pieces import Context, ResidualBlock, no_context
-from fedra_edge.training.torch_vit import VitBlock, VitHead, VitSettings, VitStem
+from fedra_edge.training.torch_vit import VitBlock, VitHead, VitStem
 
 Module = TypeVar("Module", bound=nn.Module)
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -175,7 +177,9 @@ def _builders(spec: ModelSpec) -> Builders[Any]:
         known = ", ".join(_BUILDERS)
         raise SliceError(
             f"this client cannot build models of family {spec.family!r}, only: {known}",
-            remedy="Update fedra on this machine.",
+            remedy="This model is only there as ONNX: join with --backend onnx."
+            if spec.family == ONNX_FAMILY
+            else "Update fedra on this machine.",
         )
     return _BUILDERS[spec.family]
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.protocol.devices import Backend
-from fedra_edge.protocol.models import ImageInput, ModelSpec
-from fedra_edge.protocol.slices import SliceManifest
+from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.allocator import return_freed_memory, set_small_objects_apart
-from fedra_edge.training.prefix_cache import PrefixCache
-from fedra_edge.training.torch_calibration import measure_block, warm_up
-from fedra_edge.training.torch_evaluation import ForwardWalk
-from fedra_edge.training.torch_training import LocalTraining
+from fedra_edge.training.calibrating import measure_block
+from fedra_edge.training.forward_walk import ForwardWalk
+from fedra_edge.training.local_training import train_slice
+from fedra_edge.training.torch_calibration import TorchBlockProbe, warm_up
+from fedra_edge.training.torch_engine import TorchEngine
+from fedra_edge.training.torch_forward import TorchForward
+from fedra_edge.training.torch_slice import Entering
 from fedra_edge.training.trainer import (
     BlockCost,
     EvaluationCounts,
+    GraphFiles,
     InputArray,
     ShouldStop,
     SliceWork,
@@ -45,9 +47,12 @@ class TorchTrainer:
         """The framework underneath."""
         return "torch"
 
-    def calibrate(self, spec: ModelSpec, usable_memory: UsableMemory) -> BlockCost:
-        """Measure one block of the model with random weights, within a few seconds."""
-        return measure_block(spec, usable_memory, self._device)
+    def calibrate(
+        self, spec: ModelSpec, usable_memory: UsableMemory, graphs: GraphFiles | None = None
+    ) -> BlockCost:
+        """Measure one block of the model with random weights; graphs are of no use to it."""
+        del graphs
+        return measure_block(spec, usable_memory, lambda: TorchBlockProbe(spec, self._device))
 
     def train(
         self, work: SliceWork, data: MatchedDataset, surroundings: Surroundings
@@ -62,8 +67,7 @@ class TorchTrainer:
             MemoryShortError: Not even the smallest plan fits the memory there is.
         """
         try:
-            with _prefix_cache(work, data, surroundings) as cache:
-                return LocalTraining(work, data, surroundings, cache, self._device).run()
+            return train_slice(TorchEngine(work, self._device), work, data, surroundings)
         finally:
             return_freed_memory()
 
@@ -81,7 +85,7 @@ class TorchTrainer:
             SliceError: The pieces do not fit the model.
             MemoryShortError: Memory does not even suffice for one example.
         """
-        return ForwardWalk(model, should_stop, usable_memory, self._device).count(data)
+        return self._walk(model, should_stop, usable_memory).count(data)
 
     def predict(
         self,
@@ -97,22 +101,10 @@ class TorchTrainer:
             SliceError: The pieces do not fit the model.
             MemoryShortError: Memory does not even suffice for one example.
         """
-        return ForwardWalk(model, should_stop, usable_memory, self._device).probabilities(inputs)
+        return self._walk(model, should_stop, usable_memory).probabilities(inputs)
 
-
-@contextmanager
-def _prefix_cache(
-    work: SliceWork, data: MatchedDataset, surroundings: Surroundings
-) -> Iterator[PrefixCache | None]:
-    """Open a cache when examples of one shape pass a frozen prefix more than once."""
-    repeats = _num_drawn(work.manifest, len(data.train_indices)) > len(data.train_indices)
-    is_prefix_frozen = work.manifest.layers[0].role == "frozen"
-    if not (repeats and is_prefix_frozen and isinstance(work.spec.input, ImageInput)):
-        yield None
-        return
-    with PrefixCache.opened(surroundings.scratch, surroundings.scratch_bytes) as cache:
-        yield cache
-
-
-def _num_drawn(manifest: SliceManifest, num_examples: int) -> int:
-    return manifest.steps * min(manifest.training.batch_size, num_examples)
+    def _walk(
+        self, model: WholeModel, should_stop: ShouldStop, usable_memory: UsableMemory
+    ) -> ForwardWalk[Entering]:
+        engine = TorchForward(model, self._device)
+        return ForwardWalk(engine, model.spec, should_stop, usable_memory)

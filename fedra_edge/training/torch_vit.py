@@ -6,35 +6,14 @@ memory than a whole streamed block; tests hold every piece against that library.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from fedra_edge.protocol.vit import VitSettings
 from fedra_edge.training.torch_activations import ACTIVATIONS
 from fedra_edge.training.torch_pieces import ResidualBlock
-
-Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
-Size = Annotated[int, Field(ge=1, le=2**20)]
-
-
-class VitSettings(BaseModel):
-    """What of a model's configuration decides its computation."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    hidden_size: Size
-    num_attention_heads: Size
-    intermediate_size: Size
-    image_size: Size
-    patch_size: Size
-    num_channels: Size
-    hidden_act: Activation = "gelu"
-    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-12
-    qkv_bias: bool = True
 
 
 class VitStem(nn.Module):

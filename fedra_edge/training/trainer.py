@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedra_edge.protocol.devices import Backend, BlockMemory, Calibration
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.ids import ModelId
-from fedra_edge.protocol.models import AdapterSpec, ModelSpec
+from fedra_edge.protocol.models import AdapterSpec, GraphName, ModelSpec
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, TensorInfo
 
@@ -32,18 +32,23 @@ UsableMemory = Callable[[], int]
 """Measures what the whole process may occupy now, in bytes."""
 
 
+GraphFiles = Mapping[GraphName, Path]
+"""The files of a model's graphs. Looking one up may download it."""
+
+
 @dataclass(frozen=True)
 class SliceWork:
     """A slice ready to train: frozen weights as files by piece, adapters by global name.
 
     ``adapters`` are the received values, of trained and of frozen layers and of the head; a
-    trainer never changes them.
+    trainer never changes them. ``graphs`` are there when the run has any.
     """
 
     spec: ModelSpec
     manifest: SliceManifest
     weights: Mapping[str, Path]
     adapters: Mapping[str, FloatArray]
+    graphs: GraphFiles | None = None
 
 
 class MemoryGuard(Protocol):
@@ -118,6 +123,7 @@ class WholeModel:
     adapter: AdapterSpec
     weights: Mapping[str, PieceFile]
     adapters: Mapping[str, FloatArray]
+    graphs: GraphFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -157,10 +163,13 @@ class Trainer(Protocol):
         """The framework underneath."""
         ...
 
-    def calibrate(self, spec: ModelSpec, usable_memory: UsableMemory) -> BlockCost:
+    def calibrate(
+        self, spec: ModelSpec, usable_memory: UsableMemory, graphs: GraphFiles | None = None
+    ) -> BlockCost:
         """Measure one block of the model with random weights, within a few seconds.
 
         Raises:
+            SliceError: The backend needs the model's graphs, and there are none or unusable ones.
             MemoryShortError: There is not even the memory for one example.
         """
         ...

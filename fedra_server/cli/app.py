@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -92,22 +92,30 @@ def serve(
 @app.command(epilog=example("export --run digits --out digits-adapter"))
 def export(
     run: Annotated[str, typer.Option("--run", help="The run.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write the adapter to.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")],
+    form: Annotated[
+        Literal["peft", "onnx"],
+        typer.Option("--format", help="A peft adapter and its base, or one ONNX model."),
+    ] = "peft",
     revision: Annotated[
         int | None, typer.Option(min=0, help="Its revision; the latest by default.")
     ] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a revision as an adapter that plain peft loads."""
-    from fedra_server.exporting import export_revision
+    """Write a revision as an adapter that plain peft loads, or as a model for onnxruntime."""
+    from fedra_server.exporting import export_onnx, export_revision
 
     with open_workplace(home) as place:
         record = place.store.run(run)
         manifest = place.store.revision(run, revision).manifest
         spec = place.store.model(record.model_id).spec
         with disk_errors(f"exporting to {out}"):
-            export_revision(spec, record.spec.adapter, manifest, place.blobs, out)
+            if form == "onnx":
+                export_onnx(spec, record.spec.adapter, manifest, place.blobs, out)
+            else:
+                own = spec.model_copy(update={"graphs": record.spec.graphs})
+                export_revision(own, record.spec.adapter, manifest, place.blobs, out)
     if as_json:
         tell_json({"run": run, "revision": manifest.number, "out": str(out.absolute())})
     else:

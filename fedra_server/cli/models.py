@@ -1,17 +1,30 @@
 """fedra-server model: the models that runs can tune."""
 
+# ruff: noqa: ARG001 - typer reads the options off the signature, the context holds them
+
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import typer
 from pydantic import JsonValue
 
 from fedra_edge.protocol.models import MAX_TOKENS, ModelSpec, TokenInput
 from fedra_server.cli.names import checked_name
+from fedra_server.cli.onnx_models import (
+    ImageMeanOption,
+    ImageSizeOption,
+    ImageStdOption,
+    LabelsOption,
+    OnnxOption,
+    TokenizerOption,
+    refuse_file_options,
+    register_file,
+)
 from fedra_server.cli.output import format_bytes, tell_json, tell_table
 from fedra_server.cli.workplace import (
     DEFAULT_HOME,
@@ -34,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _FRAMEWORKS: Final = ("torch", "transformers")
+GRAPH_PACKAGES: Final = ("onnx", "onnxruntime")
 WeightsDtypeOption = Annotated[
     WeightsDtype,
     typer.Option(help="How frozen weights are stored and served; 16 bits take half the space."),
@@ -44,21 +58,44 @@ MaxTokensOption = Annotated[
     typer.Option(min=1, max=MAX_TOKENS, help="Where texts are cut; 512 or the model's own limit."),
 ]
 
+GraphsOption = Annotated[
+    bool,
+    typer.Option("--graphs/--no-graphs", help="Whether clients without PyTorch can train it too."),
+]
+
 
 @app.command(epilog=example("model add vit ./vit-base"))
 def add(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="What to call it.")],
-    path: Annotated[Path, typer.Argument(help="Directory of a saved transformers model.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="Directory of a saved transformers model.")
+    ] = None,
     weights_dtype: WeightsDtypeOption = "float32",
     max_tokens: MaxTokensOption = None,
+    graphs: GraphsOption = True,
+    onnx: OnnxOption = None,
+    labels: LabelsOption = None,
+    tokenizer: TokenizerOption = None,
+    image_size: ImageSizeOption = None,
+    image_mean: ImageMeanOption = None,
+    image_std: ImageStdOption = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Split a model into pieces, measure them and register it. Needs torch."""
+    """Split a model into pieces, measure them and register it. Needs torch, but for --onnx."""
     checked_name(name)
     with open_workplace(home) as place:
-        _refuse_early(path, name, weights_dtype, place)
-        spec = _register(path, name, weights_dtype, max_tokens, place.blobs)
+        if onnx is not None:
+            spec = register_file(onnx, name, context.params, place.blobs)
+        elif path is not None:
+            refuse_file_options(context.params)
+            _refuse_missing((*_FRAMEWORKS, *(GRAPH_PACKAGES if graphs else ())))
+            _refuse_early(path, name, weights_dtype, place)
+            settings = _Settings(weights_dtype, max_tokens, graphs)
+            spec = _register(path, name, settings, place.blobs)
+        else:
+            raise typer.BadParameter("give the PATH of a saved model, or --onnx FILE")
         record = place.store.add_model(spec, time.time())
         summary = _summary(record, place.blobs)
     if as_json:
@@ -120,14 +157,18 @@ def show(
     typer.echo(f"Reads: {_read_by(spec)}")
     typer.echo(f"Weights: {_size(spec)} in {summary['weights_dtype'] or 'unreadable files'}")
     typer.echo(f"Adapted by default: {', '.join(spec.default_targets)}")
+    typer.echo(f"Clients without PyTorch: {'welcome' if spec.graphs else 'cannot take part'}")
     typer.echo(f"Model id: {record.model_id}")
+
+
+def _refuse_missing(frameworks: Iterable[str]) -> None:
+    for framework in frameworks:
+        if find_spec(framework) is None:
+            raise _missing(framework)
 
 
 def _refuse_early(path: Path, name: str, weights_dtype: WeightsDtype, place: Workplace) -> None:
     """Refuse what cannot work before the seconds that importing a framework takes."""
-    for framework in _FRAMEWORKS:
-        if find_spec(framework) is None:
-            raise _missing(framework)
     check_directory(path)
     for known in place.store.models():
         if known.spec.name == name and surely_differs(path, weights_dtype, known.spec, place.blobs):
@@ -138,13 +179,19 @@ def _refuse_early(path: Path, name: str, weights_dtype: WeightsDtype, place: Wor
             )
 
 
-def _register(
-    path: Path, name: str, weights_dtype: WeightsDtype, max_tokens: int | None, blobs: BlobStore
-) -> ModelSpec:
+class _Settings(NamedTuple):
+    """How a model is to be registered."""
+
+    weights_dtype: WeightsDtype
+    max_tokens: int | None
+    with_graphs: bool
+
+
+def _register(path: Path, name: str, settings: _Settings, blobs: BlobStore) -> ModelSpec:
     try:
         from fedra_server.modelbook.registering import register_model
 
-        return register_model(path, name, blobs, weights_dtype, max_tokens=max_tokens)
+        return register_model(path, name, blobs, **settings._asdict())
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fedra"):
             raise
@@ -167,6 +214,7 @@ def _summary(record: ModelRecord, blobs: BlobStore) -> dict[str, JsonValue]:
         "default_targets": list(record.spec.default_targets),
         "weight_bytes": _weight_bytes(record.spec),
         "weights_dtype": stored_dtype(record.spec, blobs),
+        "has_graphs": record.spec.graphs is not None,
         "added_at": record.added_at,
     }
 

@@ -5,15 +5,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import JsonValue
 
+from fedra_edge.protocol.families import ONNX_FAMILY
 from fedra_edge.protocol.ids import RunId
+from fedra_edge.protocol.models import ModelSpec, PieceGraphs
 from fedra_server.cli import run_options as options
+from fedra_server.cli.models import GRAPH_PACKAGES
 from fedra_server.cli.names import checked_name
 from fedra_server.cli.output import format_time, tell_json, tell_table
 from fedra_server.cli.run_plan import tell_preview
@@ -27,10 +31,11 @@ from fedra_server.cli.workplace import (
     home_flag,
     open_workplace,
 )
-from fedra_server.errors import ConflictError
+from fedra_server.errors import ConfigurationError, ConflictError
 from fedra_server.previewing import preview_round
 from fedra_server.reporting import report_run
 from fedra_server.runs import RunSpec, RunState
+from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import ModelRecord, RunRecord
 
 app = typer.Typer(
@@ -77,12 +82,16 @@ def create(
     with open_workplace(home) as place:
         found = place.store.model_by_name(model)
         spec = options.chosen_run_spec(context.params, found.spec)
+        graphs = _graphs(found.spec, spec.adapter.targets, place.blobs)
+        spec = spec.model_copy(update={"graphs": graphs})
         record = _add_run(place, RunId(name), found, spec, is_started=start)
     if as_json:
         tell_json(_summary(record, model))
     else:
         how = f"start it with `fedra-server run start {name}{home_flag(home)}`"
         typer.echo(f"Created run {name} on {model}; {'it is running' if start else how}")
+        if graphs is None:
+            typer.echo(f"Only clients with PyTorch can take part: {_why_no_graphs(found.spec)}")
 
 
 @app.command(epilog=example("run start digits"))
@@ -168,6 +177,33 @@ def status(
 def _seen_since(place: Workplace) -> float:
     """Give the moment before which a client that was last seen counts as gone."""
     return time.time() - place.config.heartbeat_timeout_s
+
+
+def _graphs(model: ModelSpec, targets: Sequence[str], blobs: BlobStore) -> PieceGraphs | None:
+    """Give the graphs that adapt these targets; None where they cannot be made.
+
+    Raises:
+        ConfigurationError: They cannot be made, and PyTorch cannot compute the model either.
+    """
+    known = model.graphs
+    if known is None or set(known.targets) == set(targets):
+        return known
+    if any(find_spec(package) is None for package in GRAPH_PACKAGES):
+        if model.family != ONNX_FAMILY:
+            return None
+        raise ConfigurationError(
+            f"other targets than the model's own need {' and '.join(GRAPH_PACKAGES)} here",
+            remedy='pip install "fedra[modelbook,server]", or leave --target out.',
+        )
+    from fedra_server.modelbook.onnx_retargeting import retarget_graphs
+
+    return retarget_graphs(known, targets, blobs)
+
+
+def _why_no_graphs(model: ModelSpec) -> str:
+    if model.graphs is None:
+        return "the model is registered without graphs"
+    return f"other targets than the model's own need {' and '.join(GRAPH_PACKAGES)} here"
 
 
 def _add_run(

@@ -14,6 +14,7 @@ from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import ImageInput, ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.loading import read_json
+from fedra_server.modelbook.tokenizing import check_vocabulary, open_tokenizer
 from fedra_server.storage.blobs import BlobStore
 
 DEFAULT_MAX_TOKENS: Final = 512
@@ -59,7 +60,7 @@ def _token_input(
             remedy=f"Give --max-tokens {positions} or less.",
         )
     path = directory / "tokenizer.json"
-    tokenizer = _open_tokenizer(path)
+    tokenizer = open_tokenizer(path)
     _check_tokenizer(tokenizer, vocabulary_size, config.get("pad_token_id"))
     if max_tokens is not None and max_tokens <= (special := _num_special(tokenizer)):
         raise ConfigurationError(
@@ -89,28 +90,8 @@ def _check_config(config: Mapping[str, Any]) -> LlamaSettings:
         ) from error
 
 
-def _open_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise ConfigurationError(
-            f"{path.parent} has no {path.name}, which clients need to read texts",
-            remedy="Save the tokenizer beside the model in its fast form: "
-            "AutoTokenizer.from_pretrained(ORIGINAL, use_fast=True).save_pretrained(DIR).",
-        )
-    try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise ConfigurationError(f"{path} holds no tokenizer: {error}") from error
-    return tokenizer
-
-
 def _check_tokenizer(tokenizer: Tokenizer, vocabulary_size: int, padding_id: int | None) -> None:
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if not 0 <= largest < vocabulary_size:
-        raise ConfigurationError(
-            f"the tokenizer's ids go up to {largest}, "
-            f"the model's {vocabulary_size} embeddings only to {vocabulary_size - 1}",
-            remedy="Save the tokenizer that belongs to the model beside it.",
-        )
+    check_vocabulary(tokenizer, vocabulary_size)
     if padding_id in tokenizer.encode(_PROBE).ids[-1:]:
         raise ConfigurationError(
             "the tokenizer ends every text with the model's padding token, "

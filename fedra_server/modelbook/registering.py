@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
+from transformers import PreTrainedModel
 
 from fedra_edge.protocol.families import Family
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.protocol.models import ModelSpec, Piece, PieceCost
+from fedra_edge.protocol.models import ModelInput, ModelSpec, Piece, PieceCost, PieceGraphs
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.costing import Stage, StageCost, measure_costs
 from fedra_server.modelbook.inputs import find_input
@@ -32,17 +33,19 @@ def register_model(
     weights_dtype: WeightsDtype = "float32",
     *,
     max_tokens: int | None = None,
+    with_graphs: bool = True,
 ) -> ModelSpec:
     """Cut the model in a Hugging Face directory into pieces and put them into the blob store.
 
     Frozen weights are stored in ``weights_dtype``; the head's trained tensors, which a run
     starts from, in float32. A model that reads texts gets at most ``max_tokens`` of each; None
     means ``DEFAULT_MAX_TOKENS``, or fewer where it has fewer positions. The same directory always
-    gives the same ModelSpec on the same machine, and another one for each dtype.
+    gives the same ModelSpec on the same machine, and another one for each dtype. Graphs for
+    clients without PyTorch are made, and held against PyTorch, unless ``with_graphs`` is False.
 
     Raises:
-        ConfigurationError: The directory holds no model that we can cut, or a weight does not
-            fit into the dtype.
+        ConfigurationError: The directory holds no model that we can cut, a weight does not
+            fit into the dtype, or the graphs cannot be made.
         StorageError: The blob store refused a piece.
     """
     family = find_family(path)
@@ -53,6 +56,7 @@ def register_model(
     pieces = split_model(model, family)
     block_linears = linear_shapes(model, family)
     costs = measure_costs(model, family, wanted)
+    graphs = _graphs(model, family, wanted, pieces, blobs) if with_graphs else None
     stored = _store(pieces, costs, blobs, family, weights_dtype)
     head_parameters = {key: pieces[HEAD][key].shape for key in family.head_parameters}
     try:
@@ -68,9 +72,35 @@ def register_model(
             block_linears=block_linears,
             default_targets=family.default_targets,
             head_parameters=head_parameters,
+            graphs=graphs,
         )
     except ValidationError as error:
         raise ConfigurationError(f"the model cannot be registered: {error}") from error
+
+
+def _graphs(
+    model: PreTrainedModel,
+    family: Family,
+    wanted: ModelInput,
+    pieces: Mapping[str, Arrays],
+    blobs: BlobStore,
+) -> PieceGraphs:
+    """Make, check and store graphs; leaves the model with its first layer only."""
+    from fedra_server.modelbook.onnx_graphs import finish_graphs, forward_graphs, store_graphs
+    from fedra_server.modelbook.onnx_verifying import verify_graphs
+
+    try:
+        forward = forward_graphs(
+            family.name, model.config.to_dict(), len(model.config.id2label or ())
+        )
+        graphs = finish_graphs(forward, family.default_targets, family.head_parameters)
+        verify_graphs(model, family, wanted, pieces, graphs)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"no graphs for clients without PyTorch can be made of this model: {error}",
+            remedy="--no-graphs registers it for clients with PyTorch only.",
+        ) from error
+    return store_graphs(graphs, blobs)
 
 
 def _store(

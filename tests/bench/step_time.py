@@ -19,6 +19,8 @@ _COMPARED = {
     "reduced depth, 4 of 12 layers": ("reduced 4", 8, 1.1 * 4 / 12),
     "full depth, streamed, micro-batch 8": ("streamed", 8, 1.5),
     "full depth, streamed, micro-batch 1": ("streamed", 1, None),
+    "full depth, ONNX Runtime, micro-batch 8": ("onnx", 8, 2.2),
+    "full depth, ONNX Runtime, micro-batch 1": ("onnx", 1, None),
 }
 
 
@@ -42,7 +44,7 @@ def main() -> None:
         told = "" if goal is None else f"<= {goal:.2f} x"
         holds = None if goal is None else ratio <= goal
         rows.append(Row(name, seconds, "s", "plain", ratio, told, holds))
-    print_rows("step_time", rows, ["torch", "transformers", "peft"])
+    print_rows("step_time", rows, ["torch", "transformers", "peft", "onnxruntime"])
 
 
 if __name__ == "__main__":

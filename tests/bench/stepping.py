@@ -11,11 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.bench import vit_base
 
-WAYS: Final = ("plain", "resident", "reduced 4", "streamed")
+if TYPE_CHECKING:
+    from fedra_edge.training.engine import TrainingEngine
+    from fedra_edge.training.trainer import SliceWork, Trainer
+
+WAYS: Final = ("plain", "resident", "reduced 4", "streamed", "onnx")
 
 
 class Stepper:
@@ -37,8 +41,11 @@ class Stepper:
 
 @contextmanager
 def stepper(way: str, micro_batch: int) -> Iterator[Stepper]:
-    """Start a process for one way of training."""
-    command = [sys.executable, "-m", "tests.bench.stepping", way, str(micro_batch)]
+    """Start a process for one way of training, where there is no PyTorch if it needs none."""
+    from tests.support.environments import environment
+
+    python = str(environment("onnx").python) if way == "onnx" else sys.executable
+    command = [python, "-m", "tests.bench.stepping", way, str(micro_batch)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8") as process:
         try:
@@ -73,44 +80,60 @@ def _plain_step() -> tuple[Callable[[], None], int]:
 
 
 def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
-    from fedra_edge.training.allocator import prefer_huge_pages
-
-    prefer_huge_pages()
-    import torch
+    import numpy as np
 
     from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape
-    from fedra_edge.training.torch_optimizers import build_optimizer
-    from fedra_edge.training.torch_slice import trained_parameters
-    from fedra_edge.training.torch_trainer import TorchTrainer
-    from fedra_edge.training.torch_training import load_slice
 
     is_reduced = way.startswith("reduced")
     trained = [0, 4, 8, 11] if is_reduced else list(range(12))
     work = vit_base.slice_work(
         trained,
         "reduced" if is_reduced else "full",
-        "streamed" if way == "streamed" else "resident",
+        "streamed" if way in {"streamed", "onnx"} else "resident",
         micro_batch,
     )
-    device = torch.device("cpu")
-    cost = TorchTrainer(device).calibrate(work.spec, lambda: 2**40)
+    engine, trainer = _onnx_engine(work) if way == "onnx" else _torch_engine(work)
+    cost = trainer.calibrate(work.spec, lambda: 2**40, work.graphs)
     manifest = work.manifest
     plan, shape = MemoryPlan.of(manifest), SliceShape.of(manifest.layers)
     footprint = Footprint(
-        work.spec, manifest.adapter, manifest.training, cost.memory, shape, "torch"
+        work.spec, manifest.adapter, manifest.training, cost.memory, shape, trainer.backend
     )
-    parameters = trained_parameters(work, device)
-    loaded = load_slice(work, plan, parameters, device)
-    optimizer = build_optimizer(manifest.training, parameters.values())
-    images = torch.randn(vit_base.BATCH_SIZE, 3, 224, 224)
-    labels = torch.zeros(vit_base.BATCH_SIZE, dtype=torch.long)
+    engine.load(plan)
+    size = (vit_base.BATCH_SIZE, 3, 224, 224)
+    images = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
+    labels = np.zeros(len(images), dtype=np.int64)
+    starts = range(0, len(images), micro_batch)
 
     def step() -> None:
-        entering = loaded.enter(torch.split(images, micro_batch))
-        loaded.accumulate(entering, torch.split(labels, micro_batch), len(images))
-        optimizer.step()
+        entering = engine.enter(images[start : start + micro_batch] for start in starts)
+        parts = [labels[start : start + micro_batch] for start in starts]
+        engine.accumulate(entering, parts, len(images))
+        engine.step()
 
     return step, footprint.peak_bytes(plan)
+
+
+def _torch_engine(work: SliceWork) -> tuple[TrainingEngine[Any], Trainer]:
+    from fedra_edge.training.allocator import prefer_huge_pages
+
+    prefer_huge_pages()
+    import torch
+
+    from fedra_edge.training.torch_engine import TorchEngine
+    from fedra_edge.training.torch_trainer import TorchTrainer
+
+    device = torch.device("cpu")
+    trainer = TorchTrainer(device)
+    return TorchEngine(work, device), trainer
+
+
+def _onnx_engine(work: SliceWork) -> tuple[TrainingEngine[Any], Trainer]:
+    from fedra_edge.training.onnx_engine import OnnxEngine
+    from fedra_edge.training.onnx_trainer import OnnxTrainer
+
+    trainer = OnnxTrainer()
+    return OnnxEngine(work, trainer._opened(work.graphs, work.spec)), trainer
 
 
 def _serve(way: str, micro_batch: int) -> None:

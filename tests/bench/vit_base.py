@@ -24,7 +24,7 @@ from fedra_server.storage.blobs import BlobStore
 
 NUM_LABELS: Final = 100
 BATCH_SIZE: Final = 8
-PLACE: Final = Path(__file__).parents[2] / ".cache" / "bench" / "vit-base"
+PLACE: Final = Path(__file__).parents[2] / ".cache" / "bench" / "vit-base-with-graphs"
 
 
 def prepare() -> None:
@@ -81,4 +81,6 @@ def slice_work(
     refs = {layer_piece(i): spec.layers[i].weights for i in manifest.layer_ids}
     refs |= {STEM: spec.stem.weights, HEAD: head}
     weights = {piece: blobs.path(ref.sha256) for piece, ref in refs.items()}
-    return SliceWork(spec, manifest, weights, adapters)
+    assert spec.graphs is not None
+    graphs = {name: blobs.path(ref.sha256) for name, ref in spec.graphs.by_name.items()}
+    return SliceWork(spec, manifest, weights, adapters, graphs)

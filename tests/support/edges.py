@@ -23,7 +23,6 @@ Event = dict[str, Any]
 
 PATIENCE_S = 90.0
 _ROOT = Path(__file__).parents[2]
-_COMMAND = [sys.executable, "-m", "fedra_edge"]
 _TICK_S = 0.05
 
 
@@ -37,11 +36,11 @@ def wait_until(what: str, is_so: Callable[[], object], timeout_s: float = PATIEN
 
 
 def run_edge_command(
-    *arguments: str, settings: Mapping[str, str] | None = None
+    *arguments: str, settings: Mapping[str, str] | None = None, python: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run any fedra-edge command to its end."""
+    """Run any fedra-edge command to its end, with this interpreter or another one."""
     return subprocess.run(
-        [*_COMMAND, *arguments],
+        [*_command(python), *arguments],
         check=False,
         capture_output=True,
         encoding="utf-8",
@@ -145,7 +144,8 @@ class EdgeProcess:
 class EdgeSite:
     """A machine that takes part: home, data and log outlive each process of its client.
 
-    ``launcher`` is put before the command of each client, for limits to run it under.
+    ``launcher`` is put before the command of each client, for limits to run it under;
+    ``python`` is the interpreter of the environment it is installed in, if not this one.
     """
 
     name: str
@@ -156,6 +156,7 @@ class EdgeSite:
     options: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     launcher: tuple[str, ...] = ()
+    python: Path | None = None
     processes: list[EdgeProcess] = field(default_factory=list)
 
     @property
@@ -170,7 +171,7 @@ class EdgeSite:
     def join(self, *options: str) -> EdgeProcess:
         """Start a client on this machine; only one can run at a time."""
         command = [
-            *self.launcher, *_COMMAND, "join", "--json", "--server", self.url,
+            *self.launcher, *_command(self.python), "join", "--json", "--server", self.url,
             "--home", str(self.home), "--data", str(self.data), "--name", self.name,
             *self.options, *options,
         ]  # fmt: skip
@@ -179,7 +180,8 @@ class EdgeSite:
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run another command on this machine's home."""
-        return run_edge_command(*arguments, "--home", str(self.home), settings=self.settings)
+        given = (*arguments, "--home", str(self.home))
+        return run_edge_command(*given, settings=self.settings, python=self.python)
 
     @property
     def config(self) -> EdgeConfig:
@@ -209,6 +211,10 @@ class EdgeSite:
     def complaints(self) -> str:
         """Everything its clients wrote to standard error."""
         return self.log.read_text(encoding="utf-8")
+
+
+def _command(python: Path | None) -> list[str]:
+    return [str(python or sys.executable), "-m", "fedra_edge"]
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:

@@ -61,6 +61,7 @@ class Federation:
         directory: Path,
         *options: str,
         home: Path | None = None,
+        python: Path | None = None,
         **settings: str,
     ) -> EdgeSite:
         """Set up a machine; its client is not started."""
@@ -72,6 +73,7 @@ class Federation:
             log=directory / f"{name}.log",
             options=options,
             settings=settings,
+            python=python,
         )
         return self.sites[name]
 

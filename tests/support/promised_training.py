@@ -25,13 +25,14 @@ from fedra_edge.profiling import (
     measure_usable_memory,
     unbacked_bytes,
 )
-from fedra_edge.protocol.devices import BlockMemory, Calibration
+from fedra_edge.protocol.devices import Backend, BlockMemory, Calibration
 from fedra_edge.protocol.fitting import DepthPolicy, Machine, Terms, Work, fit_work
 from fedra_edge.protocol.footprint import MemoryPlan, SliceShape
 from fedra_edge.protocol.ids import AssignmentId, RevisionNumber, RoundNumber
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
 from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec, TokenInput
 from fedra_edge.protocol.slices import LayerRole, RevisionManifest, SliceManifest, TrainingSpec
+from fedra_edge.slicing import find_graphs
 from fedra_edge.training import load_trainer
 from fedra_edge.training.trainer import SliceWork, Surroundings, Trainer
 
@@ -56,6 +57,7 @@ class Request(BaseModel):
     max_layers: int
     seed: int
     memory_bytes: int | None = None
+    backend: Backend = "torch"
 
     @property
     def training(self) -> TrainingSpec:
@@ -71,7 +73,7 @@ class Request(BaseModel):
     def terms(self) -> Terms:
         return Terms(self.adapter, self.training, 1e6, self.depth, self.max_layers)
 
-    def file(self, ref: BlobRef) -> Path:
+    def path(self, ref: BlobRef, /) -> Path:
         return self.pieces / ref.sha256[:2] / ref.sha256
 
 
@@ -152,13 +154,13 @@ def slice_of(request: Request, work: Work, layers: tuple[LayerRole, ...]) -> Sli
     }
     refs = {layer_piece(i): spec.layers[i].weights for i in manifest.layer_ids}
     refs |= {STEM: spec.stem.weights, HEAD: head}
-    files = {piece: request.file(ref) for piece, ref in refs.items()}
-    return SliceWork(spec, manifest, files, adapters)
+    files = {piece: request.path(ref) for piece, ref in refs.items()}
+    return SliceWork(spec, manifest, files, adapters, find_graphs(spec.graphs, request))
 
 
 def run(request: Request) -> Outcome:
     """Do what a client does between joining and sending its delta."""
-    trainer = load_trainer()
+    trainer = load_trainer(request.backend)
     caps = SiteCaps(memory_bytes=request.memory_bytes)
     profile = measure_device(backend=trainer.backend, home=request.scratch, caps=caps)
     data = _data(request)
@@ -203,13 +205,15 @@ def _data(request: Request) -> MatchedDataset:
     spec, wanted = request.spec, request.spec.input
     tokenizer = None
     if isinstance(wanted, TokenInput):
-        tokenizer = TextTokenizer(request.file(wanted.tokenizer), wanted)
+        tokenizer = TextTokenizer(request.path(wanted.tokenizer), wanted)
     return match_labels(Noise(spec, request.num_examples), spec.labels, tokenizer)
 
 
 def _calibrated(trainer: Trainer, request: Request) -> Calibration:
     cost = trainer.calibrate(
-        request.spec, partial(measure_usable_memory, SiteCaps(memory_bytes=request.memory_bytes))
+        request.spec,
+        partial(measure_usable_memory, SiteCaps(memory_bytes=request.memory_bytes)),
+        find_graphs(request.spec.graphs, request),
     )
     return Calibration(
         model_id=request.spec.model_id,

@@ -17,9 +17,10 @@ from typing_extensions import override
 from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training import TrainedSlice
+from fedra_edge.training.local_training import LocalTraining
 from fedra_edge.training.prefix_cache import PrefixCache
+from fedra_edge.training.torch_engine import TorchEngine
 from fedra_edge.training.torch_trainer import TorchTrainer
-from fedra_edge.training.torch_training import LocalTraining
 from tests.support.surroundings import guard_of, room_for
 from tests.support.tiny_vit import TinyVit, noise_data
 
@@ -142,7 +143,8 @@ def train_upper(tiny: TinyVit, cache: PrefixCache | None, **values: object) -> T
     training = TrainingSpec(batch_size=4, learning_rate=0.05)
     work = tiny.work([2, 3], training=training, steps=12, micro_batch=1, **values)
     room = room_for(work, guard=guard_of(work))
-    return LocalTraining(work, noise_data(), room, cache, CPU).run()
+    engine = TorchEngine(work, CPU)
+    return LocalTraining(engine, work, noise_data(), room, cache).run()
 
 
 @pytest.mark.parametrize("residency", ["resident", "streamed"])

@@ -18,7 +18,7 @@ from fedra_edge.protocol.rounds import EvaluationTask
 from fedra_edge.protocol.tensors import read_header
 from fedra_edge.slicing import whole_model
 from fedra_edge.training import PieceFile, WholeModel
-from fedra_edge.training.torch_evaluation import forward_batches
+from fedra_edge.training.forward_walk import forward_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
 from fedra_edge.training.trainer import InputArray, UsableMemory
 from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data

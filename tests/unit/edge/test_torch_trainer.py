@@ -18,9 +18,9 @@ from fedra_edge.errors import MemoryShortError, SliceError, TrainingInterrupted
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.training import TrainedSlice, load_trainer
+from fedra_edge.training.memory_shortage import is_memory_shortage
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
-from fedra_edge.training.torch_training import is_memory_shortage
 from tests.support.surroundings import guard_of, room_for
 from tests.support.tiny_vit import ADAPTER, LABELS, NoiseImages, TinyVit, noise_data
 

@@ -188,6 +188,7 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
         **fields(options),
         "training": fields(training),
         "adapter": {**adapter, "targets": targets},
+        "graphs": None,
     }
 
 

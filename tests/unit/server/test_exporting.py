@@ -117,7 +117,7 @@ def test_an_existing_export_is_never_overwritten(tiny: TinyVit, exported: Path) 
 def test_an_export_leaves_nothing_else_behind(exported: Path) -> None:
     assert [path.name for path in exported.parent.iterdir()] == ["out"]
     assert {path.name for path in exported.iterdir()} == {
-        "README.md", "adapter", "base", "model.json",
+        "README.md", "adapter", "base", "graphs", "model.json",
     }  # fmt: skip
 
 

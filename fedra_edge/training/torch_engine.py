@@ -1,0 +1,104 @@
+"""Trains a slice on PyTorch: its values, clipping and optimizer, and the slice as planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from fedra_edge.protocol.footprint import MemoryPlan
+from fedra_edge.protocol.models import TokenInput
+from fedra_edge.protocol.tensors import FloatArray
+from fedra_edge.training.allocator import keep_freed_memory, return_freed_memory
+from fedra_edge.training.engine import LabelIds
+from fedra_edge.training.torch_optimizers import build_optimizer
+from fedra_edge.training.torch_slice import (
+    Entering,
+    ResidentSlice,
+    TrainableSlice,
+    parameter_values,
+    trained_parameters,
+)
+from fedra_edge.training.torch_walk import StreamedSlice
+from fedra_edge.training.trainer import InputArray, SliceWork
+
+
+class TorchEngine:
+    """Implements ``TrainingEngine``."""
+
+    def __init__(self, work: SliceWork, device: torch.device) -> None:
+        self._work = work
+        self._device = device
+        self._parameters = trained_parameters(work, device)
+        self._optimizer = build_optimizer(work.manifest.training, self._parameters.values())
+        self._loaded: TrainableSlice | None = None
+
+    @property
+    def has_context(self) -> bool:
+        """Whether layers need more of a batch than the activations that enter them."""
+        return isinstance(self._work.spec.input, TokenInput)
+
+    def load(self, plan: MemoryPlan) -> None:
+        """Make the slice ready as planned, once what was loaded is gone."""
+        self._loaded = None
+        self._loaded = load_slice(self._work, plan, self._parameters, self._device)
+
+    def enter(self, inputs: Iterable[InputArray]) -> list[Entering]:
+        """Bring micro-batches to the lowest trained layer."""
+        return self._slice.enter(map(torch.from_numpy, inputs))
+
+    def row_of(self, entering: Entering) -> FloatArray:
+        """Give the activations of a micro-batch."""
+        rows: FloatArray = entering.hidden.cpu().numpy()
+        return rows
+
+    def entering_of(self, rows: FloatArray) -> Entering:
+        """Make a micro-batch of activations."""
+        return Entering(torch.from_numpy(rows).to(self._device), ())
+
+    def accumulate(
+        self, entering: Sequence[Entering], labels: Sequence[LabelIds], num_examples: int
+    ) -> float:
+        """Add the gradient of the mean loss to the parameters."""
+        label_ids = [torch.from_numpy(part) for part in labels]
+        return self._slice.accumulate(entering, label_ids, num_examples)
+
+    def step(self) -> None:
+        """Clip the gradient and take an optimizer step, which forgets it."""
+        clip_norm = self._work.manifest.training.clip_norm
+        nn.utils.clip_grad_norm_(self._parameters.values(), clip_norm)
+        self._optimizer.step()
+
+    def forget_gradients(self) -> None:
+        """Drop what has been accumulated."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def values(self) -> dict[str, FloatArray]:
+        """Copy the parameters out, by global name."""
+        return parameter_values(self._parameters)
+
+    @property
+    def _slice(self) -> TrainableSlice:
+        if self._loaded is None:
+            raise RuntimeError("no slice has been loaded")
+        return self._loaded
+
+
+def load_slice(
+    work: SliceWork,
+    plan: MemoryPlan,
+    parameters: dict[str, nn.Parameter],
+    device: torch.device,
+) -> TrainableSlice:
+    """Make a slice ready to train, in memory or streamed from its files.
+
+    Raises:
+        SliceError: The pieces do not fit the model.
+    """
+    if plan.residency == "resident":
+        keep_freed_memory()
+        return ResidentSlice(work, parameters, device)
+    return_freed_memory()
+    return StreamedSlice(work, parameters, device)
