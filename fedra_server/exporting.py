@@ -122,7 +122,7 @@ def export_onnx(
             remedy="Export without --format, or register the model with graphs.",
         )
     try:
-        from fedra_server.modelbook.onnx_fusing import FusedModel
+        from fedra_server.modelbook.graphs.fusing import FusedModel
     except ImportError as error:
         raise ConfigurationError(
             "writing ONNX models needs the package onnx",

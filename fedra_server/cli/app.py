@@ -103,7 +103,7 @@ def export(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a revision as an adapter that plain peft loads, or as a model for onnxruntime."""
+    """Write a revision of a run, with its base."""
     from fedra_server.exporting import export_onnx, export_revision
 
     with open_workplace(home) as place:

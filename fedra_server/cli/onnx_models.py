@@ -49,8 +49,8 @@ def register_file(path: Path, name: str, chosen: Mapping[str, Any], blobs: BlobS
     labels = _labels(chosen["labels"])
     mean, std = (_numbers(chosen, option) for option in ("image_mean", "image_std"))
     try:
-        from fedra_server.modelbook.onnx_inputs import Preparation
-        from fedra_server.modelbook.onnx_registering import register_onnx
+        from fedra_server.modelbook.importing.inputs import Preparation
+        from fedra_server.modelbook.importing.registering import register_onnx
 
         given = Preparation(
             image_size=chosen["image_size"],

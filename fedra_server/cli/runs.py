@@ -195,7 +195,7 @@ def _graphs(model: ModelSpec, targets: Sequence[str], blobs: BlobStore) -> Piece
             f"other targets than the model's own need {' and '.join(GRAPH_PACKAGES)} here",
             remedy='pip install "fedra[modelbook,server]", or leave --target out.',
         )
-    from fedra_server.modelbook.onnx_retargeting import retarget_graphs
+    from fedra_server.modelbook.graphs.retargeting import retarget_graphs
 
     return retarget_graphs(known, targets, blobs)
 

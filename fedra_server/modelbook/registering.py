@@ -86,8 +86,8 @@ def _graphs(
     blobs: BlobStore,
 ) -> PieceGraphs:
     """Make, check and store graphs; leaves the model with its first layer only."""
-    from fedra_server.modelbook.onnx_graphs import finish_graphs, forward_graphs, store_graphs
-    from fedra_server.modelbook.onnx_verifying import verify_graphs
+    from fedra_server.modelbook.graphs.making import finish_graphs, forward_graphs, store_graphs
+    from fedra_server.modelbook.graphs.verifying import verify_graphs
 
     try:
         forward = forward_graphs(

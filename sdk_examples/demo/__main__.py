@@ -102,8 +102,9 @@ def _show(outcome: Outcome, sites: Sequence[Site], out: Path) -> None:
     from sdk_examples.demo.charts import draw_report
     from sdk_examples.demo.report import all_tables
 
-    budgets = {site.name: it.max_layers for site, it in zip(sites, BUDGETS, strict=True)}
-    draw_report(outcome.report, budgets, out / "tuning.png")
+    budgets = {site.name: budget for site, budget in zip(sites, BUDGETS, strict=True)}
+    layers = {name: budget.max_layers for name, budget in budgets.items()}
+    draw_report(outcome.report, layers, out / "tuning.png")
     (out / "report.json").write_text(outcome.report.model_dump_json(indent=2), encoding="utf-8")
     _CONSOLE.print(all_tables(outcome.report, outcome.plans, budgets))
     _CONSOLE.print(f"Tuned in {outcome.tuning_s:.0f} s. Charts: {out / 'tuning.png'}")

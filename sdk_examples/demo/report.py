@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
 from fedra_server.reporting import Accuracy, ClientReport, ParticipantReport, RunReport
+from sdk_examples.demo.running import Budget
 
 _MEBIBYTE: Final = 2**20
 
 
-def accuracy_table(report: RunReport, budgets: Mapping[str, int]) -> Table:
+def accuracy_table(report: RunReport, budgets: Mapping[str, Budget]) -> Table:
     """Compare the untrained revision with the last one, per site and over all examples."""
     first, last = report.accuracy[0], report.accuracy[-1]
     table = Table(
@@ -23,7 +25,7 @@ def accuracy_table(report: RunReport, budgets: Mapping[str, int]) -> Table:
         table.add_column(heading, justify="left" if heading == "site" else "right")
     for client in _by_name(report, budgets):
         before, after = first.sites[client.client_id], last.sites[client.client_id]
-        table.add_row(client.name, str(budgets.get(client.name, "")), *_compared(before, after))
+        table.add_row(client.name, str(budgets[client.name].max_layers), *_compared(before, after))
     table.add_section()
     table.add_row("all", "", *_compared(first.pooled, last.pooled), style="bold")
     return table
@@ -45,11 +47,12 @@ def coverage_table(report: RunReport) -> Table:
 
 
 def cost_table(
-    report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, int]
+    report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, Budget]
 ) -> Table:
     """Tell how each client worked and what taking part cost it."""
-    table = Table(title="How each client worked, and what it cost; sizes in MiB")
+    table = Table(title="How each client worked, and what it cost; sizes in MiB", box=SIMPLE_HEAD)
     table.add_column("site")
+    table.add_column("runtime")
     table.add_column("slice")
     for heading in ("batch", "down", "up", "peak", "promise", "trained"):
         table.add_column(heading, justify="right")
@@ -57,6 +60,7 @@ def cost_table(
         plan = plans.get(client.name)
         table.add_row(
             client.name,
+            budgets[client.name].backend,
             f"{plan.depth}, {plan.residency}" if plan else "",
             str(plan.micro_batch) if plan else "",
             f"{client.bytes_received / _MEBIBYTE:.1f}",
@@ -69,7 +73,7 @@ def cost_table(
 
 
 def all_tables(
-    report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, int]
+    report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, Budget]
 ) -> Group:
     """Put the tables below each other."""
     return Group(
@@ -79,7 +83,7 @@ def all_tables(
     )
 
 
-def _by_name(report: RunReport, budgets: Mapping[str, int]) -> list[ClientReport]:
+def _by_name(report: RunReport, budgets: Mapping[str, Budget]) -> list[ClientReport]:
     order = list(budgets)
     return sorted(report.clients, key=lambda client: order.index(client.name))
 

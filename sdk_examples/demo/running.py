@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedra_edge.protocol.devices import Backend
 from fedra_server.reporting import ParticipantReport, RunReport
 from fedra_server.runs import RunState
 from sdk_examples.demo.following import ClientLogs, Standing
@@ -36,7 +37,7 @@ Watch = Callable[[Standing], None]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a site lets its client use: layers trained in a round, and memory.
+    """What a site lets its client use: layers trained in a round, memory, training runtime.
 
     ``spare_bytes`` is what the client may occupy beyond its idle training runtime; None for
     whatever the machine has. With 52 MB the model fits in small micro-batches only, with 42 MB
@@ -45,13 +46,14 @@ class Budget:
 
     max_layers: int
     spare_bytes: int | None = None
+    backend: Backend = "torch"
 
 
 BUDGETS: Final = (
     Budget(12),
     Budget(10),
-    Budget(8),
-    Budget(6),
+    Budget(8, backend="onnx"),
+    Budget(6, backend="onnx"),
     Budget(4, spare_bytes=52 * 10**6),
     Budget(3, spare_bytes=42 * 10**6),
 )
@@ -137,8 +139,10 @@ def read_report(place: Workplace) -> RunReport:
 
 
 def _idle_bytes(place: Workplace) -> int:
-    """Ask a client what it occupies with its training runtime loaded and nothing to do."""
-    profile = run_command(EDGE, "profile", "--json", "--home", place.client_home("profile"))
+    """Ask a client what it occupies with PyTorch loaded and nothing to do."""
+    profile = run_command(
+        EDGE, "profile", "--backend", "torch", "--json", "--home", place.client_home("profile")
+    )
     return int(json.loads(profile)["baseline_bytes"])
 
 
@@ -149,6 +153,7 @@ def _join_arguments(
     arguments: tuple[object, ...] = (
         *("join", "--server", url, "--run", RUN, "--data", site.directory, "--name", site.name),
         *("--home", home, "--max-layers", budget.max_layers, "--threads", 1, "--json"),
+        *("--backend", budget.backend),
     )
     if budget.spare_bytes is None:
         return arguments

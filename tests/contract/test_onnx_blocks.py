@@ -20,8 +20,8 @@ from fedra_edge.protocol.vit import VitSettings
 from fedra_edge.training.torch_llama import LlamaBlock, LlamaHead, LlamaStem, real_tokens
 from fedra_edge.training.torch_pieces import Context, no_context
 from fedra_edge.training.torch_vit import VitBlock, VitHead, VitStem
-from fedra_server.modelbook.onnx_graphs import FinishedGraphs, finish_graphs, forward_graphs
-from fedra_server.modelbook.onnx_running import run_graph
+from fedra_server.modelbook.graphs.making import FinishedGraphs, finish_graphs, forward_graphs
+from fedra_server.modelbook.graphs.running import run_graph
 
 LABELS = 3
 LORA_SCALE = 0.7

@@ -20,7 +20,7 @@ from fedra_edge.exports import open_export
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_server.errors import ConfigurationError, ConflictError
 from fedra_server.exporting import export_onnx, export_revision
-from fedra_server.modelbook.onnx_fusing import FusedModel
+from fedra_server.modelbook.graphs.fusing import FusedModel
 from tests.support import tiny_llama, tiny_vit
 from tests.support.tiny_llama import TinyLlama
 from tests.support.tiny_vit import TinyVit

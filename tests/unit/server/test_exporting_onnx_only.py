@@ -19,9 +19,9 @@ from fedra_edge.protocol.slices import RevisionManifest
 from fedra_edge.protocol.tensors import FloatArray, read_tensors
 from fedra_edge.training import load_trainer
 from fedra_server.exporting import export_onnx, export_revision
-from fedra_server.modelbook.onnx_inputs import Preparation
-from fedra_server.modelbook.onnx_registering import register_onnx
-from fedra_server.modelbook.onnx_running import run_graph
+from fedra_server.modelbook.graphs.running import run_graph
+from fedra_server.modelbook.importing.inputs import Preparation
+from fedra_server.modelbook.importing.registering import register_onnx
 from fedra_server.storage.blobs import BlobStore
 from tests.support.onnx_models import build_model, export_model
 from tests.support.tiny_vit import LABELS, noise_data, put_revision, random_tensors

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_gradients import vjp_graph
+from fedra_server.modelbook.gradients.vjp import vjp_graph
 
 Array = npt.NDArray[Any]
 HEADER = '<ir_version: 10, opset_import: ["": 18]>'

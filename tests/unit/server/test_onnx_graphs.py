@@ -17,18 +17,18 @@ from fedra_server.cli import main
 from fedra_server.errors import ConfigurationError
 from fedra_server.guidance import guide
 from fedra_server.modelbook.costing import measure_costs
-from fedra_server.modelbook.loading import find_family, load_model
-from fedra_server.modelbook.onnx_adapters import place_adapters, remove_adapters
-from fedra_server.modelbook.onnx_differences import check_by_differences, random_values
-from fedra_server.modelbook.onnx_graphs import (
+from fedra_server.modelbook.graphs.adapters import place_adapters, remove_adapters
+from fedra_server.modelbook.graphs.differences import check_by_differences, random_values
+from fedra_server.modelbook.graphs.making import (
     FinishedGraphs,
     block_gradients,
     finish_graphs,
     forward_graphs,
 )
-from fedra_server.modelbook.onnx_retargeting import retarget_graphs
-from fedra_server.modelbook.onnx_running import run_graph
-from fedra_server.modelbook.onnx_verifying import verify_graphs
+from fedra_server.modelbook.graphs.retargeting import retarget_graphs
+from fedra_server.modelbook.graphs.running import run_graph
+from fedra_server.modelbook.graphs.verifying import verify_graphs
+from fedra_server.modelbook.loading import find_family, load_model
 from fedra_server.modelbook.registering import register_model
 from fedra_server.modelbook.splitting import split_model
 from fedra_server.storage.blobs import BlobStore

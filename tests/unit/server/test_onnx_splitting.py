@@ -20,11 +20,11 @@ from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, layer_piece
 from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec
 from fedra_edge.protocol.tensors import read_tensors
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_inputs import Preparation
-from fedra_server.modelbook.onnx_naming import default_targets, named_by_index
-from fedra_server.modelbook.onnx_registering import register_onnx
-from fedra_server.modelbook.onnx_retargeting import retarget_graphs
-from fedra_server.modelbook.onnx_running import run_graph
+from fedra_server.modelbook.graphs.retargeting import retarget_graphs
+from fedra_server.modelbook.graphs.running import run_graph
+from fedra_server.modelbook.importing.inputs import Preparation
+from fedra_server.modelbook.importing.naming import default_targets, named_by_index
+from fedra_server.modelbook.importing.registering import register_onnx
 from fedra_server.storage.blobs import BlobStore
 from tests.support.onnx_models import POSITIONS, VOCABULARY, build_model, export_model
 from tests.support.tiny_vit import LABELS

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from onnx import NodeProto, helper
 
-from fedra_server.modelbook.onnx_gradient_tape import Tape
-from fedra_server.modelbook.onnx_shapes import Shape
+from fedra_server.modelbook.gradients.shapes import Shape
+from fedra_server.modelbook.gradients.tape import Tape
 
 MATRIX: Final = 2
 """How many axes a matrix has."""

@@ -25,8 +25,8 @@ from fedra_edge.protocol.tensors import (
     read_tensor,
     read_tensors,
 )
-from fedra_server.modelbook.onnx_adapters import is_stored_out_first, remove_adapters
-from fedra_server.modelbook.onnx_parts import HIDDEN, INPUTS, LOGITS, OUT
+from fedra_server.modelbook.graphs.adapters import is_stored_out_first, remove_adapters
+from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_server.storage.blobs import BlobStore
 
 MOST_INSIDE_BYTES: Final = 2**31 - 2**24

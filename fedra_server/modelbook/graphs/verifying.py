@@ -18,11 +18,11 @@ from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.models import ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_adapters import LORA_SCALE
-from fedra_server.modelbook.onnx_gradients import GRADIENT
-from fedra_server.modelbook.onnx_graphs import GRADIENT_SUFFIX, FinishedGraphs
-from fedra_server.modelbook.onnx_parts import HIDDEN, INPUTS, LOGITS, OUT
-from fedra_server.modelbook.onnx_running import run_graph
+from fedra_server.modelbook.gradients.vjp import GRADIENT
+from fedra_server.modelbook.graphs.adapters import LORA_SCALE
+from fedra_server.modelbook.graphs.making import GRADIENT_SUFFIX, FinishedGraphs
+from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
+from fedra_server.modelbook.graphs.running import run_graph
 from fedra_server.modelbook.splitting import Arrays
 
 Values = dict[str, NDArray[Any]]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fedra_edge.protocol.models import ImageInput, ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_reading import FlatGraph
+from fedra_server.modelbook.importing.reading import FlatGraph
 from fedra_server.storage.blobs import BlobStore
 
 DEFAULT_MAX_TOKENS: Final = 512

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from fedra_edge.protocol.llama import LlamaSettings
-from fedra_server.modelbook.onnx_parts import (
+from fedra_server.modelbook.graphs.parts import (
     BATCH,
     HIDDEN,
     LOGITS,
@@ -25,7 +25,7 @@ from fedra_server.modelbook.onnx_parts import (
     linear,
     token_input,
 )
-from fedra_server.modelbook.onnx_writing import GraphWriter
+from fedra_server.modelbook.graphs.writing import GraphWriter
 
 COSINE: Final = "cosine"
 SINE: Final = "sine"

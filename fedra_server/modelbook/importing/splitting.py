@@ -14,15 +14,15 @@ from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
 from fedra_edge.protocol.models import ModelInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_adapters import LORA_SCALE
-from fedra_server.modelbook.onnx_cutting import PRODUCTS, Region, Tracer, find_chain, tracer_of
-from fedra_server.modelbook.onnx_graphs import ForwardGraphs
-from fedra_server.modelbook.onnx_naming import WEIGHT, Use, name_weights
-from fedra_server.modelbook.onnx_parts import HIDDEN, INPUTS, LOGITS, OUT
-from fedra_server.modelbook.onnx_probing import Extent
-from fedra_server.modelbook.onnx_reading import Array, FlatGraph, attributes_of
-from fedra_server.modelbook.onnx_simplifying import NUM_EXAMPLES, NUM_TOKENS, simplify
-from fedra_server.modelbook.onnx_writing import IR_VERSION, OPSET
+from fedra_server.modelbook.graphs.adapters import LORA_SCALE
+from fedra_server.modelbook.graphs.making import ForwardGraphs
+from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
+from fedra_server.modelbook.graphs.writing import IR_VERSION, OPSET
+from fedra_server.modelbook.importing.cutting import PRODUCTS, Region, Tracer, find_chain, tracer_of
+from fedra_server.modelbook.importing.naming import WEIGHT, Use, name_weights
+from fedra_server.modelbook.importing.probing import Extent
+from fedra_server.modelbook.importing.reading import Array, FlatGraph, attributes_of
+from fedra_server.modelbook.importing.simplifying import NUM_EXAMPLES, NUM_TOKENS, simplify
 
 Arrays = dict[str, Array]
 _RESERVED: Final = frozenset({HIDDEN, INPUTS, OUT, LOGITS, LORA_SCALE, "gradient"})

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 
 from fedra_edge.protocol.models import ModelInput, PieceCost, TokenInput
-from fedra_server.modelbook.onnx_cutting import Region, Tracer
-from fedra_server.modelbook.onnx_reading import Array, attributes_of
+from fedra_server.modelbook.importing.cutting import Region, Tracer
+from fedra_server.modelbook.importing.reading import Array, attributes_of
 
 _FLOAT_BYTES = 4
 

@@ -11,11 +11,11 @@ from typing import Final
 import onnx
 
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_naming import named_by_index
-from fedra_server.modelbook.onnx_parts import INPUTS
-from fedra_server.modelbook.onnx_probing import Extent, Probes, kinds_of
-from fedra_server.modelbook.onnx_reading import FlatGraph
-from fedra_server.modelbook.onnx_simplifying import NUM_EXAMPLES, NUM_TOKENS
+from fedra_server.modelbook.graphs.parts import INPUTS
+from fedra_server.modelbook.importing.naming import named_by_index
+from fedra_server.modelbook.importing.probing import Extent, Probes, kinds_of
+from fedra_server.modelbook.importing.reading import FlatGraph
+from fedra_server.modelbook.importing.simplifying import NUM_EXAMPLES, NUM_TOKENS
 
 PRODUCTS: Final = frozenset({"MatMul", "Gemm"})
 _SIZES: Final = frozenset({NUM_EXAMPLES, NUM_TOKENS})

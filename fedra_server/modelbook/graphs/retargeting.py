@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import onnx
 
 from fedra_edge.protocol.models import BlobRef, PieceGraphs
-from fedra_server.modelbook.onnx_adapters import remove_adapters
-from fedra_server.modelbook.onnx_differences import check_by_differences, random_values
-from fedra_server.modelbook.onnx_graphs import adapt_block, block_gradients, pack_graph
+from fedra_server.modelbook.graphs.adapters import remove_adapters
+from fedra_server.modelbook.graphs.differences import check_by_differences, random_values
+from fedra_server.modelbook.graphs.making import adapt_block, block_gradients, pack_graph
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.durability import disk_errors
 

@@ -12,9 +12,15 @@ from onnx import TensorProto, helper
 
 from fedra_edge.protocol.models import ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_parts import INPUTS
-from fedra_server.modelbook.onnx_probing import Extent, Probes, probe
-from fedra_server.modelbook.onnx_reading import Array, FlatGraph, attributes_of, pruned, renamed
+from fedra_server.modelbook.graphs.parts import INPUTS
+from fedra_server.modelbook.importing.probing import Extent, Probes, probe
+from fedra_server.modelbook.importing.reading import (
+    Array,
+    FlatGraph,
+    attributes_of,
+    pruned,
+    renamed,
+)
 
 NUM_EXAMPLES: Final = "fedra/examples"
 NUM_TOKENS: Final = "fedra/tokens"

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from onnx import NodeProto, helper
 
-from fedra_server.modelbook.onnx_gradient_forms import (
+from fedra_server.modelbook.gradients.forms import (
     MATRIX,
     attributes_of,
     permutation,
@@ -18,8 +18,8 @@ from fedra_server.modelbook.onnx_gradient_forms import (
     swap,
     transpose,
 )
-from fedra_server.modelbook.onnx_gradient_rules import Rule
-from fedra_server.modelbook.onnx_gradient_tape import Tape
+from fedra_server.modelbook.gradients.rules import Rule
+from fedra_server.modelbook.gradients.tape import Tape
 
 
 def _matmul(tape: Tape, node: NodeProto, gradient: str) -> list[str | None]:

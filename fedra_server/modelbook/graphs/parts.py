@@ -8,7 +8,7 @@ from typing import Final
 from onnx import TensorProto
 
 from fedra_edge.protocol.vit import Activation
-from fedra_server.modelbook.onnx_writing import Dim, GraphWriter
+from fedra_server.modelbook.graphs.writing import Dim, GraphWriter
 
 BATCH: Final = "n"
 TOKENS: Final = "t"

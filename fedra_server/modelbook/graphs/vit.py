@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 
 from fedra_edge.protocol.vit import VitSettings
-from fedra_server.modelbook.onnx_parts import (
+from fedra_server.modelbook.graphs.parts import (
     BATCH,
     HIDDEN,
     INPUTS,
@@ -16,7 +16,7 @@ from fedra_server.modelbook.onnx_parts import (
     layer_norm,
     linear,
 )
-from fedra_server.modelbook.onnx_writing import GraphWriter
+from fedra_server.modelbook.graphs.writing import GraphWriter
 
 
 def vit_stem(settings: VitSettings) -> onnx.ModelProto:

@@ -8,8 +8,8 @@ from typing import Final
 
 from onnx import NodeProto
 
-from fedra_server.modelbook.onnx_gradient_forms import attributes_of, reduce_to
-from fedra_server.modelbook.onnx_gradient_tape import Tape
+from fedra_server.modelbook.gradients.forms import attributes_of, reduce_to
+from fedra_server.modelbook.gradients.tape import Tape
 
 # From a node and the gradient of its first output to those of its inputs; None where none flows.
 Rule = Callable[[Tape, NodeProto, str], Sequence[str | None]]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_gradient_moves import MOVING
-from fedra_server.modelbook.onnx_gradient_rules import ELEMENTWISE, MULTIPLYING
-from fedra_server.modelbook.onnx_gradient_tape import Tape
+from fedra_server.modelbook.gradients.moves import MOVING
+from fedra_server.modelbook.gradients.rules import ELEMENTWISE, MULTIPLYING
+from fedra_server.modelbook.gradients.tape import Tape
 
 GRADIENT = "gradient"
 RULES = {**ELEMENTWISE, **MOVING}

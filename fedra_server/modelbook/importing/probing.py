@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from fedra_edge.protocol.models import ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_parts import BATCH, INPUTS, TOKENS
-from fedra_server.modelbook.onnx_reading import Array, FlatGraph
-from fedra_server.modelbook.onnx_running import run_graph
-from fedra_server.modelbook.onnx_writing import IR_VERSION, OPSET, Dim
+from fedra_server.modelbook.graphs.parts import BATCH, INPUTS, TOKENS
+from fedra_server.modelbook.graphs.running import run_graph
+from fedra_server.modelbook.graphs.writing import IR_VERSION, OPSET, Dim
+from fedra_server.modelbook.importing.reading import Array, FlatGraph
 
 _BATCHES: Final = (2, 3)
 _LONGEST: Final = 12

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_gradients import GRADIENT
-from fedra_server.modelbook.onnx_parts import BATCH, TOKENS
-from fedra_server.modelbook.onnx_running import run_graph
+from fedra_server.modelbook.gradients.vjp import GRADIENT
+from fedra_server.modelbook.graphs.parts import BATCH, TOKENS
+from fedra_server.modelbook.graphs.running import run_graph
 
 Values = Mapping[str, NDArray[Any]]
 

@@ -14,11 +14,11 @@ from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import PieceGraphs
 from fedra_edge.protocol.vit import VitSettings
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_adapters import place_adapters
-from fedra_server.modelbook.onnx_gradients import vjp_graph
-from fedra_server.modelbook.onnx_llama import llama_block, llama_head, llama_stem
-from fedra_server.modelbook.onnx_parts import HIDDEN, LOGITS, OUT
-from fedra_server.modelbook.onnx_vit import vit_block, vit_head, vit_stem
+from fedra_server.modelbook.gradients.vjp import vjp_graph
+from fedra_server.modelbook.graphs.adapters import place_adapters
+from fedra_server.modelbook.graphs.llama import llama_block, llama_head, llama_stem
+from fedra_server.modelbook.graphs.parts import HIDDEN, LOGITS, OUT
+from fedra_server.modelbook.graphs.vit import vit_block, vit_head, vit_stem
 from fedra_server.storage.blobs import BlobStore
 
 GRADIENT_SUFFIX: Final = "_grad"

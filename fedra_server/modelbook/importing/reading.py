@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner, numpy_helper, version_converter
 
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_naming import is_anonymous
-from fedra_server.modelbook.onnx_writing import OPSET
+from fedra_server.modelbook.graphs.writing import OPSET
+from fedra_server.modelbook.importing.naming import is_anonymous
 
 OLDEST_OPSET: Final = 13
 _STANDARD: Final = frozenset({"", "ai.onnx"})

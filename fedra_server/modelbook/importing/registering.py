@@ -16,24 +16,24 @@ from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, layer_piece
 from fedra_edge.protocol.models import ModelInput, ModelSpec, Piece, TokenInput
 from fedra_edge.protocol.tensors import serialize_tensors
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_adapters import LORA_SCALE
-from fedra_server.modelbook.onnx_costing import piece_cost
-from fedra_server.modelbook.onnx_cutting import Region
-from fedra_server.modelbook.onnx_differences import check_by_differences
-from fedra_server.modelbook.onnx_graphs import (
+from fedra_server.modelbook.graphs.adapters import LORA_SCALE
+from fedra_server.modelbook.graphs.differences import check_by_differences
+from fedra_server.modelbook.graphs.making import (
     FinishedGraphs,
     block_gradients,
     finish_graphs,
     gradient_names,
     store_graphs,
 )
-from fedra_server.modelbook.onnx_inputs import Preparation, find_onnx_input
-from fedra_server.modelbook.onnx_naming import default_targets
-from fedra_server.modelbook.onnx_parts import HIDDEN, INPUTS, LOGITS, OUT
-from fedra_server.modelbook.onnx_probing import random_inputs
-from fedra_server.modelbook.onnx_reading import Array, read_graph
-from fedra_server.modelbook.onnx_running import run_graph
-from fedra_server.modelbook.onnx_splitting import SplitModel, split_graph
+from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
+from fedra_server.modelbook.graphs.running import run_graph
+from fedra_server.modelbook.importing.costing import piece_cost
+from fedra_server.modelbook.importing.cutting import Region
+from fedra_server.modelbook.importing.inputs import Preparation, find_onnx_input
+from fedra_server.modelbook.importing.naming import default_targets
+from fedra_server.modelbook.importing.probing import random_inputs
+from fedra_server.modelbook.importing.reading import Array, read_graph
+from fedra_server.modelbook.importing.splitting import SplitModel, split_graph
 from fedra_server.storage.blobs import BlobStore
 
 _TOLERANCE: Final = 1e-4

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.onnx_shapes import Shape, infer_shapes
+from fedra_server.modelbook.gradients.shapes import Shape, infer_shapes
 
 _Key = tuple[object, ...]
 _FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}

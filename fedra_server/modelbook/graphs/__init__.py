@@ -1,0 +1,1 @@
+"""The pieces of a model as ONNX graphs: writing, adapting, checking, fusing them."""

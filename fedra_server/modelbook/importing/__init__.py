@@ -1,0 +1,1 @@
+"""Cuts a model that exists only as ONNX into pieces."""
