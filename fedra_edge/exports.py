@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,7 +16,7 @@ from fedra_edge.errors import ConfigurationError, FedraEdgeError, SliceError
 from fedra_edge.protocol.families import Family, family_named
 from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.layers import LORA_A, LORA_B
-from fedra_edge.protocol.models import AdapterSpec, ImageInput, ModelSpec
+from fedra_edge.protocol.models import AdapterSpec, GraphContents, ImageInput, ModelSpec
 from fedra_edge.protocol.tensors import TensorInfo, read_header, read_tensors
 from fedra_edge.slicing import piece_refs
 from fedra_edge.training.trainer import GraphFiles, PieceFile, WholeModel
@@ -63,6 +66,32 @@ def read_model_description(path: Path) -> ModelSpec:
             f"{path} describes no model: {error}",
             remedy="Give what `fedra-server model show NAME --spec` prints, or an exported model.",
         ) from error
+
+
+@contextmanager
+def graphs_of_description(path: Path, spec: ModelSpec) -> Iterator[GraphFiles | None]:
+    """Give the graphs that a model's description holds, as files while the context is open.
+
+    Raises:
+        ConfigurationError: They are missing or damaged.
+    """
+    if spec.graphs is None:
+        yield None
+        return
+    with TemporaryDirectory(prefix="fedra-edge-") as place:
+        directory = Path(place)
+        try:
+            given = _parsed(GraphContents, path).graph_contents
+            (directory / "graphs").mkdir()
+            for name, content in given.items():
+                (directory / "graphs" / f"{name}.onnx").write_bytes(content)
+            files = _graphs_of(directory, spec)
+        except (OSError, ValueError, SliceError) as error:
+            raise ConfigurationError(
+                f"{path} does not hold the graphs of model {spec.name}: {error}",
+                remedy="Have `fedra-server model show NAME --spec` print it once more.",
+            ) from error
+        yield files
 
 
 def open_export(directory: Path) -> WholeModel:

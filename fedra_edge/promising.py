@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,12 @@ from fedra_edge.data.matching import match_labels
 from fedra_edge.data.opening import open_dataset
 from fedra_edge.data.tokenizing import TextTokenizer
 from fedra_edge.errors import ConfigurationError, SliceError
-from fedra_edge.exports import open_export, open_tokenizer, read_model_description
+from fedra_edge.exports import (
+    graphs_of_description,
+    open_export,
+    open_tokenizer,
+    read_model_description,
+)
 from fedra_edge.profiling import measure_device, measure_usable_memory
 from fedra_edge.protocol.devices import Backend, Calibration, DeviceProfile
 from fedra_edge.protocol.fitting import Machine, Terms, Unfit, fit_work
@@ -125,8 +131,8 @@ def measure_promise(path: Path, chosen: Mapping[str, Any], config: SiteConfig) -
         matched = match_labels(dataset, spec.labels, tokenizer)
         train, held_out = len(matched.train_indices), len(matched.held_out_indices)
     try:
-        graphs = _graphs(path, trainer.backend)
-        cost = trainer.calibrate(spec, partial(measure_usable_memory, config.caps), graphs)
+        with _graphs(path, spec, trainer.backend) as graphs:
+            cost = trainer.calibrate(spec, partial(measure_usable_memory, config.caps), graphs)
     except SliceError as error:
         raise ConfigurationError(str(error), remedy=error.remedy) from error
     idle_bytes = cost.memory.idle_bytes + _JOINED_BYTES
@@ -206,16 +212,16 @@ def _tokenizer(path: Path, spec: ModelSpec) -> TextTokenizer | None:
     return open_tokenizer(path, spec)
 
 
-def _graphs(path: Path, backend: Backend) -> GraphFiles | None:
+@contextmanager
+def _graphs(path: Path, spec: ModelSpec, backend: Backend) -> Iterator[GraphFiles | None]:
     """Find the model's graphs, where the backend computes with them."""
     if backend != "onnx":
-        return None
-    if not path.is_dir():
-        raise ConfigurationError(
-            "a block cannot be measured on ONNX Runtime without the model's graphs",
-            remedy="Give an exported model.",
-        )
-    return open_export(path).graphs
+        yield None
+    elif path.is_dir():
+        yield open_export(path).graphs
+    else:
+        with graphs_of_description(path, spec) as graphs:
+            yield graphs
 
 
 def _too_small(machine: Machine, unfit: Unfit, need_bytes: int) -> ConfigurationError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Base64Bytes, Field, JsonValue, model_validator
 
 from fedra_edge.protocol.ids import LayerId, ModelId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, TensorKey, layer_piece
@@ -120,10 +120,14 @@ class PieceGraphs(WireModel):
             "head_vjp": self.head_vjp,
         }
 
-    @property
-    def refs(self) -> tuple[BlobRef, ...]:
-        """All graphs, in the order in which a walk needs them."""
-        return (self.stem, self.block, self.head, self.head_vjp, self.block_vjp)
+
+class GraphContents(WireModel):
+    """What a model's description adds to its ModelSpec: the graphs themselves.
+
+    So a site can measure a block of the model before it is a member and may download anything.
+    """
+
+    graph_contents: dict[GraphName, Base64Bytes] = Field(default_factory=dict)
 
 
 class ModelSpec(WireModel):

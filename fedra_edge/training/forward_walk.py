@@ -11,7 +11,7 @@ import numpy as np
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.data.tokenizing import padded
 from fedra_edge.errors import MemoryShortError, TrainingInterrupted
-from fedra_edge.memory_meter import resident_bytes
+from fedra_edge.memory_meter import resident_bytes, unshared_bytes
 from fedra_edge.protocol.models import ModelSpec, Piece
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.cross_entropy import cross_entropy_sum, log_softmax
@@ -19,6 +19,7 @@ from fedra_edge.training.engine import ForwardEngine, Moving
 from fedra_edge.training.memory_shortage import is_memory_shortage
 from fedra_edge.training.trainer import EvaluationCounts, InputArray, ShouldStop, UsableMemory
 
+_MEGABYTE: Final = 10**6
 _MOST_WALKING_BYTES: Final = 32 * 2**20
 """What the activations between two layers take at most, for all examples of a chunk together."""
 
@@ -72,7 +73,7 @@ class ForwardWalk(Generic[Moving]):
         """Yield the logits of one micro-batch after the other."""
         remaining = iter(inputs)
         while True:
-            free_bytes = self._usable_memory() - resident_bytes()
+            free_bytes = self._free_bytes()
             micro_batch, walk_batch = forward_batches(self._spec, free_bytes)
             try:
                 chunk = self._enter(islice(remaining, walk_batch), micro_batch)
@@ -90,6 +91,16 @@ class ForwardWalk(Generic[Moving]):
                 ) from error
             del head
             yield from logits
+
+    def _free_bytes(self) -> int:
+        usable_bytes, own_bytes = self._usable_memory(), unshared_bytes()
+        if usable_bytes < own_bytes:
+            raise MemoryShortError(
+                f"this process may use {usable_bytes / _MEGABYTE:.0f} MB, and needs "
+                f"{own_bytes / _MEGABYTE:.0f} MB for itself alone",
+                remedy="Free memory on this machine, or raise the limit it runs under.",
+            )
+        return usable_bytes - resident_bytes()
 
     def _enter(self, inputs: Iterator[InputArray], micro_batch: int) -> list[Moving]:
         """Send a chunk through the stem."""

@@ -100,7 +100,8 @@ class Graph:
             return SliceError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot compute the graph "
                 f"{self._what!r}: {_told(error)}",
-                remedy="pip install --upgrade onnxruntime, or pip install 'fedra[torch]'",
+                remedy="pip install --upgrade 'fedra[onnx]' in an environment without "
+                "onnxruntime-training, or pip install 'fedra[torch]' here",
             )
         return self._unusable(_told(error))
 

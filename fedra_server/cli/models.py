@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from base64 import b64encode
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Final, NamedTuple
 import typer
 from pydantic import JsonValue
 
-from fedra_edge.protocol.models import MAX_TOKENS, ModelSpec, TokenInput
+from fedra_edge.protocol.models import MAX_TOKENS, GraphContents, ModelSpec, TokenInput
 from fedra_server.cli.names import checked_name
 from fedra_server.cli.onnx_models import (
     ImageMeanOption,
@@ -146,8 +147,9 @@ def show(
     with open_workplace(home) as place:
         record = place.store.model_by_name(name)
         summary = _summary(record, place.blobs)
-    if whole_spec:
-        tell_json(record.spec)
+        description = _description(record.spec, place.blobs) if whole_spec else None
+    if description is not None:
+        tell_json(description)
         return
     if as_json:
         tell_json(summary)
@@ -217,6 +219,14 @@ def _summary(record: ModelRecord, blobs: BlobStore) -> dict[str, JsonValue]:
         "has_graphs": record.spec.graphs is not None,
         "added_at": record.added_at,
     }
+
+
+def _description(spec: ModelSpec, blobs: BlobStore) -> dict[str, JsonValue]:
+    """Give what a site needs to know of a model to measure it: no weights, but the graphs."""
+    refs = {} if spec.graphs is None else spec.graphs.by_name
+    contents = {name: b64encode(blobs.path(ref.sha256).read_bytes()) for name, ref in refs.items()}
+    described = GraphContents.model_validate({"graph_contents": contents})
+    return {**spec.model_dump(mode="json"), **described.model_dump(mode="json")}
 
 
 def _read_by(spec: ModelSpec) -> str:

@@ -105,3 +105,13 @@ def test_evaluation_works_in_a_group_with_less_memory_than_the_model(
         )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_examples"] == 3 * len(list(images.iterdir()))
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_less_memory_than_the_program_itself_takes_is_refused(
+    tiny: Path, images: Path, command: str
+) -> None:
+    data = images if command == "predict" else images.parent.parent
+    done = run_limited(command, "--export", tiny, "--data", data, "--memory", "50MB")
+    assert done.returncode != 0
+    assert "this process may use 50 MB, and needs" in done.stderr

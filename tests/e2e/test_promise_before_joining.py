@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedra_server.reporting import ClientReport
 from tests.support.edges import run_edge_command
 from tests.support.federation import MODEL, Federation, running_federation
 from tests.support.servers import run_server_command
@@ -62,27 +63,42 @@ def federation(place: Path, tmp_path: Path) -> Iterator[Federation]:
         yield federation
 
 
-@pytest.mark.parametrize("residency", ["resident", "streamed"])
+def check_traffic(done: ClientReport, promise: dict[str, Any]) -> None:
+    """Hold two rounds against what was promised, files and no more than messages beside them."""
+    down_bytes = promise["first_round_down_bytes"] + promise["later_round_down_bytes"]
+    assert 0 < done.bytes_received - down_bytes < MESSAGES_BYTES
+    up_bytes = promise["round_up_bytes"]  # a delta's report cannot count its own bytes
+    assert 0 < done.bytes_sent - up_bytes < MESSAGES_BYTES
+
+
+@pytest.mark.parametrize(
+    "way", [("torch", "resident"), ("torch", "streamed"), ("onnx", "streamed")], ids="-".join
+)
 def test_the_server_plans_what_the_machine_was_promised_and_it_takes_no_more(
-    residency: str, place: Path, ample: dict[str, Any], federation: Federation, tmp_path: Path
+    way: tuple[str, str],
+    place: Path,
+    ample: dict[str, Any],
+    federation: Federation,
+    tmp_path: Path,
 ) -> None:
-    memory_bytes, promise = AMPLE_BYTES, ample
-    if residency == "streamed":  # far from where either plan begins to fit
+    backend, residency = way
+    memory_bytes, runtime = AMPLE_BYTES, f"--backend={backend}"
+    if (backend, residency) == ("torch", "streamed"):  # far from where either plan begins to fit
         memory_bytes = (ample["needs_at_least_bytes"] + ample["predicted_peak_bytes"]) // 2
-        promise = promised(place, memory_bytes)
+    promise = promised(place, memory_bytes, runtime)
     assert (promise["residency"], promise["depth"]) == (residency, "full")
 
-    site = federation.add_site("one", place / "images", tmp_path, f"--memory={memory_bytes}")
+    limit = f"--memory={memory_bytes}"
     federation.start_run("line", rounds=2, min_participants=2, **TRAINING)
+    site = federation.add_site("one", place / "images", tmp_path, limit, runtime)
     federation.have_running([site])
     site.client.wait_for("the measurement", lambda it: "until 2 participants" in it["detail"])
     [planned] = federation.operate("run", "plan", "line")["clients"]
     assert (planned["reason"], planned["is_online"]) == ("ready", True)
-    work = planned["work"]
-    for name in ("depth", "residency", "micro_batch", "walk_batch", "steps"):
-        assert work[name] == promise[name], name
-    assert work["why_not_more"].startswith("streamed" if residency == "streamed" else "")
+    work, same = planned["work"], ("depth", "residency", "micro_batch", "walk_batch", "steps")
     assert work["num_layers"] == promise["trained_layers"]
+    assert [work[name] for name in same] == [promise[name] for name in same]
+    assert ("streamed" in work["why_not_more"]) == (memory_bytes != AMPLE_BYTES)
     peak_bytes = promise["predicted_peak_bytes"]
     assert work["predicted_peak_bytes"] == pytest.approx(peak_bytes, rel=0.05)
     assert planned["calibration"]["train_examples"] == promise["train_examples"]
@@ -91,13 +107,10 @@ def test_the_server_plans_what_the_machine_was_promised_and_it_takes_no_more(
     federation.have_running([other])
     federation.wait_for_rounds("line", 2)
     [done] = [it for it in federation.report("line").clients if it.name == "one"]
-    assert done.last_delta is not None
+    assert done.last_delta
     assert (done.last_delta.residency, done.last_delta.step_downs) == (residency, ())
     assert done.peak_memory_bytes < 1.05 * peak_bytes
-    down_bytes = promise["first_round_down_bytes"] + promise["later_round_down_bytes"]
-    assert down_bytes < done.bytes_received < down_bytes + MESSAGES_BYTES
-    up_bytes = promise["round_up_bytes"]  # a delta's report cannot count its own bytes
-    assert up_bytes < done.bytes_sent < up_bytes + MESSAGES_BYTES
+    check_traffic(done, promise)
 
 
 def test_a_machine_that_does_not_fit_learns_what_it_lacks(
@@ -123,3 +136,15 @@ def test_the_promise_is_told_to_people_with_units(place: Path) -> None:
     assert shown["step"].endswith(" s")
     assert (shown["train examples"], shown["steps"]) == ("500", "4")
     assert shown["why not more"] == "none"
+
+
+def test_a_description_whose_graphs_were_altered_is_refused(place: Path, tmp_path: Path) -> None:
+    description = json.loads((place / "model.json").read_text(encoding="utf-8"))
+    contents = description["graph_contents"]
+    contents["block"] = contents["head"]
+    altered = tmp_path / "altered.json"
+    altered.write_text(json.dumps(description), encoding="utf-8")
+    done = run_edge_command("profile", "--model", str(altered), "--backend", "onnx")
+    assert done.returncode == 3
+    assert "block.onnx in graphs is not what model.json names" in done.stderr
+    assert "model show" in done.stderr

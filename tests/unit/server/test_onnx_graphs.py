@@ -58,7 +58,7 @@ def graphs_of(tiny: TinyVit) -> PieceGraphs:
 def test_a_registered_model_has_graphs_of_its_default_targets(tiny: TinyVit) -> None:
     graphs = graphs_of(tiny)
     assert graphs.targets == tiny.spec.default_targets
-    for ref in graphs.refs:
+    for ref in graphs.by_name.values():
         onnx.checker.check_model(read_graph(ref, tiny.blobs), full_check=True)
         assert ref.size_bytes < 20_000
 
