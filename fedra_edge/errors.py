@@ -59,6 +59,9 @@ class SliceError(FedraEdgeError):
     """An assignment cannot be turned into work."""
 
 
+MORE_MEMORY: Final = "Free memory on this machine, or raise the limit (--memory, or the system's)."
+
+
 class MemoryShortError(SliceError):
     """Not even the smallest way to train a slice fits the memory that can be used now."""
 

@@ -45,6 +45,11 @@ def read_export_spec(directory: Path) -> ModelSpec:
     try:
         return _parsed(ModelSpec, directory / "model.json")
     except (OSError, ValueError) as error:
+        if (directory / "model.onnx").exists():
+            raise ConfigurationError(
+                f"{directory} is an export for onnxruntime, which this program does not read",
+                remedy="Export it once more, without --format onnx.",
+            ) from error
         raise ConfigurationError(
             f"{directory} is no exported model: {error}",
             remedy="Give the directory that `fedra-server export` wrote.",

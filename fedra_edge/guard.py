@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from fedra_edge.errors import MemoryShortError
+from fedra_edge.errors import MORE_MEMORY, MemoryShortError
 from fedra_edge.protocol.footprint import Footprint, MemoryPlan, plans
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class PromiseGuard:
         least_bytes = min(map(self._peak, self._plans))
         raise MemoryShortError(
             f"{why}, and the smallest way to train this slice needs {_shown(least_bytes)}",
-            remedy="Free memory on this machine, or raise the limit it runs under.",
+            remedy=MORE_MEMORY,
         )
 
     def _peak(self, plan: MemoryPlan) -> int:

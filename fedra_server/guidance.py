@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedra_edge.protocol.fitting import Unfit, fit_work
+from fedra_edge.protocol.fitting import Unfit, fit_work, why_not_on
 from fedra_edge.protocol.rounds import Assignment, EvaluationTask, Stop, Train, Wait
 from fedra_server.runs import RunState
 from fedra_server.storage.records import (
@@ -50,19 +50,27 @@ def _train(
     deadline_at = now if current is None else current.deadline_at
     manifest = assignment.manifest.model_copy(update={"remaining_s": max(0.0, deadline_at - now)})
     base = store.revision(run.run, manifest.revision.number)
-    return Train(manifest=manifest, evaluate=_evaluation(store, client, run, base))
+    calibration = store.calibration(client.client_id, run.model_id)
+    has_none = calibration is not None and calibration.held_out_examples == 0
+    task = None if has_none else _evaluation(store, client, run, base)
+    return Train(manifest=manifest, evaluate=task)
 
 
 def _lacks_calibration(store: Store, client: ClientRecord, run: RunRecord) -> bool:
     """Tell whether a client could take part in a run but has not measured its model."""
-    if run.spec.terms.why_not_on(client.profile.backend):
+    if _why_not_here(store, client, run):
         return False
     return store.calibration(client.client_id, run.model_id) is None
 
 
+def _why_not_here(store: Store, client: ClientRecord, run: RunRecord) -> str | None:
+    """Tell why a client's training runtime cannot compute a run; None when it can."""
+    return why_not_on(client.profile.backend, store.model(run.model_id).spec, run.spec.terms)
+
+
 def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     """Explain why an active run has no work for this client now."""
-    if obstacle := run.spec.terms.why_not_on(client.profile.backend):
+    if obstacle := _why_not_here(store, client, run):
         return f"this machine cannot take part in run {run.run}: {obstacle}"
     calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None:
@@ -89,17 +97,18 @@ def _final_evaluation(store: Store, client: ClientRecord, run: RunRecord) -> Eva
     """Ask for the accuracy of a finished run's last revision, once."""
     if run.state is not RunState.FINISHED:
         return None
+    calibration = store.calibration(client.client_id, run.model_id)
+    if calibration is None or calibration.held_out_examples == 0:
+        return None
     return _evaluation(store, client, run, store.revision(run.run))
 
 
 def _evaluation(
     store: Store, client: ClientRecord, run: RunRecord, revision: RevisionRecord
 ) -> EvaluationTask | None:
+    """Ask for the accuracy of a revision, once."""
     number = revision.manifest.number
-    calibration = store.calibration(client.client_id, run.model_id)
-    if calibration is None or calibration.held_out_examples == 0:
-        return None
-    if run.spec.terms.why_not_on(client.profile.backend):
+    if _why_not_here(store, client, run):
         return None
     if store.has_evaluation(client.client_id, run.run, number):
         return None

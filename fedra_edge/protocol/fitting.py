@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from fedra_edge.protocol.devices import Backend, Calibration, DeviceProfile
+from fedra_edge.protocol.families import ONNX_FAMILY
 from fedra_edge.protocol.footprint import Footprint, MemoryPlan, SliceShape, plans
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import Depth, Residency, TrainingSpec
@@ -42,12 +43,6 @@ class Terms:
     depth: DepthPolicy
     max_layers: int | None
     has_graphs: bool = True
-
-    def why_not_on(self, backend: Backend) -> str | None:
-        """Tell why a backend cannot compute the run; None when it can."""
-        if backend == "torch" or self.has_graphs:
-            return None
-        return "it has no graphs for clients without PyTorch"
 
     @property
     def training_s(self) -> float:
@@ -202,11 +197,20 @@ class Machine:
         return replace(work, why_not_more="; ".join(_why_not_more(self, work)))
 
 
+def why_not_on(backend: Backend, spec: ModelSpec, terms: Terms) -> str | None:
+    """Tell why a backend cannot compute a model in a run; None when it can."""
+    if backend == "onnx" and not terms.has_graphs:
+        return "it has no graphs for clients without PyTorch"
+    if backend == "torch" and spec.family == ONNX_FAMILY:
+        return "its model is only there as ONNX; join with --backend onnx"
+    return None
+
+
 def fit_work(
     profile: DeviceProfile, calibration: Calibration, spec: ModelSpec, terms: Terms
 ) -> Work | Unfit:
     """Choose depth, residency, number of trained layers, batches and steps for one machine."""
-    if obstacle := terms.why_not_on(profile.backend):
+    if obstacle := why_not_on(profile.backend, spec, terms):
         return Unfit(obstacle)
     machine = Machine(profile, calibration, spec, terms)
     for depth in terms.depths:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from fedra_edge.errors import MemoryShortError
+from fedra_edge.errors import MORE_MEMORY, MemoryShortError
 from fedra_edge.memory_meter import measured_peak, resident_bytes
 from fedra_edge.protocol.devices import BlockMemory
 from fedra_edge.protocol.models import ModelSpec
@@ -16,6 +15,7 @@ from fedra_edge.training.memory_shortage import is_memory_shortage
 from fedra_edge.training.trainer import BlockCost, UsableMemory
 
 _BUDGET_S: Final = 0.8
+_MIN_REPEATS: Final = 3
 _MAX_REPEATS: Final = 5
 _MAX_EXAMPLES: Final = 16
 _PROBE_BYTES: Final = 64 * 2**20
@@ -87,18 +87,23 @@ def _measure(probe: BlockProbe, most_examples: int) -> tuple[tuple[float, float]
 
 
 def _times(probe: BlockProbe, most_examples: int) -> tuple[float, float]:
-    """Give seconds per example, forward and backward."""
+    """Give seconds per example, forward and backward.
+
+    The shortest of some runs each: whatever else the machine does only ever adds to a time.
+    """
     started = time.perf_counter()
     probe.time_once(1)  # warms caches and thread pools
     single_s = max(1e-6, sum(probe.time_once(1)))
     affordable = int(_BUDGET_S / _MAX_REPEATS / single_s)
     examples = max(1, min(most_examples, affordable))
     timings = [probe.time_once(examples)]
-    while len(timings) < _MAX_REPEATS and time.perf_counter() - started < _BUDGET_S:
+    while len(timings) < _MIN_REPEATS or (
+        len(timings) < _MAX_REPEATS and time.perf_counter() - started < _BUDGET_S
+    ):
         timings.append(probe.time_once(examples))
     return (
-        statistics.median(forward for forward, _ in timings) / examples,
-        statistics.median(backward for _, backward in timings) / examples,
+        min(forward for forward, _ in timings) / examples,
+        min(backward for _, backward in timings) / examples,
     )
 
 
@@ -129,5 +134,5 @@ def _growth(work: Callable[[], object]) -> int:
 def _too_little_memory(problem: str) -> MemoryShortError:
     return MemoryShortError(
         f"measuring one block of the model {problem}",
-        remedy="Free memory on this machine, or raise the limit it runs under.",
+        remedy=MORE_MEMORY,
     )

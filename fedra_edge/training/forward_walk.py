@@ -10,7 +10,7 @@ import numpy as np
 
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.data.tokenizing import padded
-from fedra_edge.errors import MemoryShortError, TrainingInterrupted
+from fedra_edge.errors import MORE_MEMORY, MemoryShortError, TrainingInterrupted
 from fedra_edge.memory_meter import resident_bytes, unshared_bytes
 from fedra_edge.protocol.models import ModelSpec, Piece
 from fedra_edge.protocol.tensors import FloatArray
@@ -87,7 +87,7 @@ class ForwardWalk(Generic[Moving]):
                     raise
                 raise MemoryShortError(
                     f"memory ran out with {micro_batch} examples at once",
-                    remedy="Free memory on this machine, or raise the limit it runs under.",
+                    remedy=MORE_MEMORY,
                 ) from error
             del head
             yield from logits
@@ -98,7 +98,7 @@ class ForwardWalk(Generic[Moving]):
             raise MemoryShortError(
                 f"this process may use {usable_bytes / _MEGABYTE:.0f} MB, and needs "
                 f"{own_bytes / _MEGABYTE:.0f} MB for itself alone",
-                remedy="Free memory on this machine, or raise the limit it runs under.",
+                remedy=MORE_MEMORY,
             )
         return usable_bytes - resident_bytes()
 

@@ -177,7 +177,7 @@ def _builders(spec: ModelSpec) -> Builders[Any]:
         known = ", ".join(_BUILDERS)
         raise SliceError(
             f"this client cannot build models of family {spec.family!r}, only: {known}",
-            remedy="This model is only there as ONNX: join with --backend onnx."
+            remedy="This model is only there as ONNX: use --backend onnx."
             if spec.family == ONNX_FAMILY
             else "Update fedra on this machine.",
         )

@@ -83,7 +83,7 @@ def refuse_file_options(chosen: Mapping[str, Any]) -> None:
 def _labels(text: str | None) -> list[str]:
     """Read labels off the command line, or off a file of that name."""
     if text is None:
-        raise typer.BadParameter("--onnx needs --labels, which the file does not name")
+        raise typer.BadParameter("--onnx needs --labels, such as --labels bolt,nut,washer")
     try:
         is_file = Path(text).is_file()
         parts = Path(text).read_text(encoding="utf-8").splitlines() if is_file else text.split(",")

@@ -79,7 +79,10 @@ def _image_input(shape: onnx.TensorShapeProto, given: Preparation) -> ImageInput
     std = given.std or (_IMAGENET_STD if is_colour else (0.5,))
     channels = channels or len(mean)
     if len(mean) != channels or len(std) != channels:
-        raise ConfigurationError(f"--image-mean and --image-std need {channels} values each")
+        raise ConfigurationError(
+            f"--image-mean and --image-std need {channels} values each",
+            remedy="Give one for each channel, such as --image-mean 0.5,0.5,0.5.",
+        )
     return ImageInput.model_validate(
         {"size_px": size, "channels": channels, "mean": mean, "std": std}
     )

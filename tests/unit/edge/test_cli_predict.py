@@ -86,7 +86,7 @@ def test_a_file_gets_what_standard_output_would(
 ) -> None:
     out = tmp_path / "told.csv"
     shown = predict("--export", exported, "--data", images)
-    done = predict("--export", exported, "--data", images, "--output", out, "--memory", "1MB")
+    done = predict("--export", exported, "--data", images, "--output", out, "--memory", "1GB")
     assert done.returncode == ExitCode.OK, done.stderr
     assert done.stdout == ""
     assert [row["key"] for row in rows_of(out.read_text("utf-8"))] == [

@@ -21,6 +21,7 @@ from fedra_edge.errors import ConfigurationError, DataError, TrainingInterrupted
 from fedra_edge.protocol.models import ImageInput
 from fedra_edge.training import Trainer, load_trainer
 from fedra_server.exporting import export_revision
+from tests.support.memory_floor import scarce
 from tests.support.sites import write_folder
 from tests.support.tiny_vit import ADAPTER, LABELS, TinyVit
 
@@ -74,9 +75,9 @@ def test_predictions_are_those_of_plain_peft(tiny: TinyVit, exported: Path, imag
 
 def test_memory_never_changes_a_prediction(exported: Path, images: Path, trainer: Trainer) -> None:
     plenty = list(fedra_edge.predict(exported, images, trainer=trainer))
-    scarce = list(fedra_edge.predict(exported, images, trainer=trainer, memory_bytes="1MB"))
-    assert [told.key for told in scarce] == [told.key for told in plenty]
-    assert [told.probability for told in scarce] == pytest.approx(
+    little = list(fedra_edge.predict(exported, images, trainer=trainer, memory_bytes=scarce()))
+    assert [told.key for told in little] == [told.key for told in plenty]
+    assert [told.probability for told in little] == pytest.approx(
         [told.probability for told in plenty], abs=1e-6
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fedra_edge.data.tokenizing import padded
 from fedra_edge.errors import ConfigurationError, DataError
 from fedra_edge.training import Trainer, load_trainer
 from fedra_server.exporting import export_revision
+from tests.support.memory_floor import scarce
 from tests.support.sites import write_folder
 from tests.support.tiny_llama import ADAPTER, TinyLlama, WordTexts, call_plain
 
@@ -34,15 +36,15 @@ def export(llama: TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("memory", ["1MB", "8GB"])
+@pytest.mark.parametrize("memory", [scarce, lambda: 2**33], ids=["scarce", "plenty"])
 def test_predictions_are_those_of_the_plain_model(
-    llama: TinyLlama, export: Path, trainer: Trainer, tmp_path: Path, memory: str
+    llama: TinyLlama, export: Path, trainer: Trainer, tmp_path: Path, memory: Callable[[], int]
 ) -> None:
     data = WordTexts(12)
     texts = [data[index].text for index in range(12)]
     (tmp_path / "rows.csv").write_text("\n".join(["text", *texts]), encoding="utf-8")
     predictions = fedra_edge.predict(
-        export, tmp_path / "rows.csv", top=3, trainer=trainer, memory_bytes=memory
+        export, tmp_path / "rows.csv", top=3, trainer=trainer, memory_bytes=memory()
     )
     tokens = torch.from_numpy(padded([llama.tokenizer.encode(text) for text in texts]))
     with torch.no_grad():

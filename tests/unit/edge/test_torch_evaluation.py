@@ -21,6 +21,7 @@ from fedra_edge.training import PieceFile, WholeModel
 from fedra_edge.training.forward_walk import forward_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
 from fedra_edge.training.trainer import InputArray, UsableMemory
+from tests.support.memory_floor import scarce
 from tests.support.tiny_vit import ADAPTER, TinyVit, noise_data
 
 CPU = torch.device("cpu")
@@ -29,10 +30,6 @@ MEGABYTE = 10**6
 
 def plenty() -> int:
     return 2**50
-
-
-def scarce() -> int:
-    return 0
 
 
 @pytest.fixture(scope="module")
