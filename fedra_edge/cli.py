@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -37,9 +37,6 @@ from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_edge.resting import CAN_REST, CONTRIBUTED
 from fedra_edge.retrying import FEW_TIMES, Retrier
 from fedra_edge.transport import Transport, open_http_client
-
-if TYPE_CHECKING:
-    pass
 
 
 def _epilog(example: str) -> str:
@@ -77,7 +74,7 @@ def join(
     threads: Annotated[int | None, typer.Option(help="Processor threads to train with.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
-    contributed: Annotated[int, typer.Option(CONTRIBUTED, hidden=True)] = 0,
+    contributed: Annotated[int, typer.Option(CONTRIBUTED, min=0, hidden=True)] = 0,
 ) -> None:
     """Take part until told to stop (Ctrl-C), through lost connections and server restarts."""
     if server is None:
@@ -88,8 +85,8 @@ def join(
     output = Output(as_json=as_json)
     _configure_logging(is_verbose=verbose)
     with _reported(output, is_verbose=verbose):
-        from fedra_edge.client import EdgeClient, Resting
-        from fedra_edge.foreground import run_in_foreground, typed_command
+        from fedra_edge.client import EdgeClient
+        from fedra_edge.foreground import resting_of, run_in_foreground
 
         config = load_config(
             {
@@ -105,7 +102,7 @@ def join(
             }
         )
         arguments: list[str] | None = context.obj
-        resting = Resting(typed_command(arguments), contributed) if arguments else None
+        resting = resting_of(arguments, contributed) if arguments else None
         client = EdgeClient(config, on_progress=output.progress(), resting=resting)
         run_in_foreground(client)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
 from typing import Final
 
-from fedra_edge.client import EdgeClient
+from fedra_edge.client import EdgeClient, Resting
 from fedra_edge.resting import CONTRIBUTED, fall_asleep, hear_signals
 
 _LOOK_S: Final = 0.2
+_MOST_BYTES: Final = 2**15
+"""Far below what Linux takes as one argument, which the command becomes part of."""
+
 _STOP_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGBREAK")
 
 
@@ -39,7 +43,14 @@ def run_in_foreground(client: EdgeClient) -> None:
         fall_asleep(client.rest, told)
 
 
-def typed_command(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Give the command as it was typed, without what an earlier rest has added at its end."""
-    is_added = len(arguments) > 1 and arguments[-2] == CONTRIBUTED
-    return tuple(arguments[:-2] if is_added else arguments)
+def resting_of(arguments: Sequence[str], contributed: int) -> Resting | None:
+    """Say how the command that was typed can rest; None when it is too long to be carried along.
+
+    What an earlier rest has added behind the command's name is taken out.
+    """
+    if sum(len(os.fsencode(argument)) + 1 for argument in arguments) > _MOST_BYTES:
+        return None
+    name, *typed = arguments
+    if typed[:1] == [CONTRIBUTED]:
+        typed = typed[2:]
+    return Resting((name, *typed), contributed)

@@ -110,6 +110,7 @@ class Participation:
         try:
             with beats:
                 if train.evaluate is not None:
+                    self._cost(ModelId(manifest.model_id))  # the server takes no counts without
                     self._evaluate(train.evaluate, beats)
                 self._train_slice(manifest, beats)
         except WorkInterrupted as error:
@@ -121,6 +122,10 @@ class Participation:
             self._raise_if_fatal(manifest.model_id, error)
             return False
         return True
+
+    def _cost(self, model_id: ModelId) -> BlockCost:
+        """Give what a block costs here, as this process has measured and told it."""
+        return self._costs.get(model_id) or self._calibrate(model_id)
 
     def _calibrate(self, model_id: ModelId) -> BlockCost:
         spec = self._spec(model_id)
@@ -196,7 +201,7 @@ class Participation:
     def _guard(self, manifest: SliceManifest) -> PromiseGuard:
         """Hold this slice to the memory of this machine, as this process has measured it."""
         model_id = ModelId(manifest.model_id)
-        cost = self._costs.get(model_id) or self._calibrate(model_id)
+        cost = self._cost(model_id)
         shape = SliceShape.of(manifest.layers)
         footprint = Footprint(
             self._spec(model_id),

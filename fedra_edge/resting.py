@@ -7,15 +7,16 @@ some. Process id, limits, environment and open outputs stay; Windows cannot do t
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
-
-from pydantic import BaseModel, ConfigDict
+from typing import Final, NoReturn, Self
 
 from fedra_edge.api import ServerApi
 from fedra_edge.control import Control
@@ -36,13 +37,16 @@ WORTH_TELLING: Final = 0.2
 """By what part usable memory must change before plans are worth making anew."""
 
 _BREATH_S: Final = 1.0
+_START: Final = (
+    "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-class Rest(BaseModel):
+@dataclass(frozen=True)
+class Rest:
     """What a resting client must know; ``command`` is how the client itself was started."""
-
-    model_config = ConfigDict(frozen=True)
 
     server: str
     home: Path
@@ -52,19 +56,29 @@ class Rest(BaseModel):
     contributed: int
     command: tuple[str, ...]
 
+    def to_json(self) -> str:
+        """Write it down; names of files may hold any bytes."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote."""
+        values = json.loads(text)
+        values |= {name: Path(values[name]) for name in ("home", "membership")}
+        caps = SiteCaps(**values.pop("caps"))
+        return cls(caps=caps, command=tuple(values.pop("command")), **values)
+
 
 def fall_asleep(rest: Rest, told_to_stop: threading.Event) -> NoReturn:
     """Put this program in place of the one that runs, which may have been told to stop just now."""
-    _hold_signals()
-    if told_to_stop.is_set():
-        signal.raise_signal(signal.SIGTERM)
-    _become("-m", "fedra_edge.resting", rest.model_dump_json())
+    _become("fedra_edge.resting", (rest.to_json(),), told_to_stop)
 
 
-def wake_up(rest: Rest) -> NoReturn:
-    """Put the whole client back in place."""
-    _hold_signals()
-    _become("-m", "fedra_edge", *rest.command, CONTRIBUTED, str(rest.contributed))
+def wake_up(rest: Rest, told_to_stop: threading.Event) -> NoReturn:
+    """Put the whole client back in place, which then hears if it is to stop."""
+    name, *arguments = rest.command
+    added = (CONTRIBUTED, str(rest.contributed))
+    _become("fedra_edge", (name, *added, *arguments), told_to_stop)
 
 
 def hear_signals() -> None:
@@ -73,15 +87,15 @@ def hear_signals() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
-def is_there_work(rest: Rest) -> bool:
-    """Ask until there is something to do, or a signal ends it (then false).
+def is_there_work(rest: Rest, told_to_stop: threading.Event) -> bool:
+    """Ask until there is something to do, or a signal ends it (then false), which sets the event.
 
     Raises:
         FedraEdgeError: The home is in use or cannot be read.
     """
     transport = Transport(open_http_client(rest.server))
     control = Control(on_stop=transport.interrupt)
-    _stop_on_signals(control)
+    _stop_on_signals(control, told_to_stop)
     with home_lock(rest.home):
         identity = IdentityFile(rest.membership, rest.server).load()
         if identity is None:
@@ -108,14 +122,14 @@ def is_there_work(rest: Rest) -> bool:
 
 def main() -> None:
     """Rest, then come back or end."""
-    rest = Rest.model_validate_json(sys.argv[1])
+    rest, told_to_stop = Rest.from_json(sys.argv[1]), threading.Event()
     try:
-        is_awaited = is_there_work(rest)
+        is_awaited = is_there_work(rest, told_to_stop)
     except FedraEdgeError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(exit_code_of(error))
     if is_awaited:
-        wake_up(rest)
+        wake_up(rest, told_to_stop)
 
 
 def _is_work(assignment: Assignment) -> bool:
@@ -127,8 +141,9 @@ def _has_changed(before_bytes: int, now_bytes: int) -> bool:
     return abs(now_bytes - before_bytes) > WORTH_TELLING * before_bytes
 
 
-def _stop_on_signals(control: Control) -> None:
+def _stop_on_signals(control: Control, told: threading.Event) -> None:
     def on_signal(number: int, _frame: FrameType | None) -> None:
+        told.set()
         signal.signal(number, signal.SIG_DFL)
         threading.Thread(target=control.stop, daemon=True).start()
 
@@ -143,10 +158,19 @@ def _hold_signals() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
 
 
-def _become(*arguments: str) -> NoReturn:
+def _become(module: str, arguments: Sequence[str], told_to_stop: threading.Event) -> NoReturn:
+    """Replace the program; one that was told to stop just now hands that on.
+
+    The working directory stays off the path that modules are found on, and the package is found
+    where this one is.
+    """
+    _hold_signals()
+    if told_to_stop.is_set():
+        signal.raise_signal(signal.SIGTERM)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 (no shell is wanted)
+    start = [sys.executable, "-P", "-c", _START, str(Path(__file__).parents[1]), module]
+    os.execv(sys.executable, [*start, *arguments])  # noqa: S606 (no shell is wanted)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ _GROWTH_BYTES: Final[Mapping[Backend, int]] = {"torch": 6 * 10**6, "onnx": 3 * 1
 _MARGIN: Final[Mapping[Backend, float]] = {"torch": 1.02, "onnx": 1.01}
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
-_HEAP_GAPS: Final = 1.05
+_HEAP_GAPS: Final = 1.1
 """What a resident slice's heap holds for each byte that lives in it (``training/allocator.py``)."""
 
 _STREAMED_MICRO_BATCH: Final = 8

@@ -16,6 +16,7 @@ from fedra_edge.errors import SliceError, TrainingInterrupted
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import ImageInput
 from fedra_edge.protocol.slices import SliceManifest
+from fedra_edge.training.allocator import trim_heap
 from fedra_edge.training.engine import Entering, TrainingEngine
 from fedra_edge.training.memory_shortage import is_memory_shortage
 from fedra_edge.training.prefix_cache import PrefixCache
@@ -139,8 +140,11 @@ class LocalTraining(Generic[Entering]):
 
     def _adopt(self, plan: MemoryPlan) -> None:
         """Go on with a plan; weights are loaded anew when they are to live elsewhere."""
+        if plan == self._plan:
+            return
         is_elsewhere = plan.residency != self._plan.residency
         self._plan = plan
+        trim_heap()  # of buffers that were kept for larger micro-batches
         if is_elsewhere:
             self._load_within_memory()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.edges import wait_until
+from tests.support.onnx_models import build_model, export_model
 from tests.support.sites import write_folder
 from tests.support.tiny_vit import build_vit
 
@@ -119,7 +120,13 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     rows = (desk.path / "told.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + len(list((desk.path / "images").rglob("*.png")))
 
-    describe, promise, plan = commands(3)
+    [fuse], [add] = commands(3), commands(4)
+    desk.run(fuse)
+    assert (desk.path / "plain" / "model.onnx").is_file()
+    export_model(build_model("mixer"), desk.path / "mixer.onnx", dynamo=False)
+    desk.run(add)
+
+    describe, promise, plan = commands(5)
     desk.run(describe)
     assert "predicted peak" in desk.run(promise)
     assert "to train on" in desk.run(plan)

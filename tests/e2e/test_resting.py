@@ -32,7 +32,7 @@ def federation(prepared_home: Path, tmp_path: Path) -> Iterator[Federation]:
 @pytest.fixture
 def site(federation: Federation, tmp_path: Path) -> EdgeSite:
     data = write_folder(tmp_path / "data", seed=1)
-    site = federation.add_site("press", data.path, tmp_path, rest_after_s="0.5", poll_s="1")
+    site = federation.add_site("press", data.path, tmp_path, "--", rest_after_s="0.5", poll_s="1")
     federation.have_running([site])
     return site
 

@@ -1,0 +1,66 @@
+"""How a client changes places with the small program that rests for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedra_edge.client import Resting
+from fedra_edge.foreground import resting_of
+from fedra_edge.profiling import SiteCaps
+from fedra_edge.resting import CONTRIBUTED, Rest
+
+ROOT = Path(__file__).parents[3]
+ANY_BYTES = os.fsdecode(b"data-\xff")
+REST = Rest(
+    server="http://127.0.0.1:1",
+    home=Path("home"),
+    membership=Path("home") / "servers" / "one",
+    poll_s=25.0,
+    caps=SiteCaps(memory_bytes=10**9),
+    contributed=3,
+    command=("join", "--data", ANY_BYTES),
+)
+WAKE = """
+import threading
+from pathlib import Path
+from fedra_edge.profiling import SiteCaps
+from fedra_edge.resting import Rest, wake_up
+rest = Rest("http://127.0.0.1:1", Path("."), Path("."), 1.0, SiteCaps(), 0, ("version",))
+wake_up(rest, threading.Event())
+"""
+
+
+def test_names_of_files_may_hold_any_bytes() -> None:
+    told = REST.to_json()
+    assert told.isascii()
+    assert Rest.from_json(told) == REST
+
+
+@pytest.mark.parametrize("added", [[], [CONTRIBUTED, "7"]])
+def test_what_a_rest_added_is_taken_out_again(added: list[str]) -> None:
+    arguments = ["join", *added, "--server", "http://plant", "--"]
+    assert resting_of(arguments, 7) == Resting(("join", "--server", "http://plant", "--"), 7)
+
+
+def test_a_command_that_cannot_be_carried_along_never_rests() -> None:
+    assert resting_of(["join", "--name", "x" * 2**17], 0) is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there can a process change its program")
+def test_programs_in_the_working_directory_are_not_run(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("open('trapped', 'w').close()", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", WAKE],
+        check=False,
+        capture_output=True,
+        cwd=tmp_path,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert f"No such option: {CONTRIBUTED}" in done.stderr  # so the command line did run
+    assert not (tmp_path / "trapped").exists()
