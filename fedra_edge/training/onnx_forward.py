@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_edge.training.onnx_pieces import HIDDEN, INPUTS, LOGITS, OUT, PieceFeeds
+from fedra_edge.training.onnx_interface import HIDDEN, INPUTS, LOGITS, OUT
+from fedra_edge.training.onnx_pieces import PieceFeeds
 from fedra_edge.training.onnx_sessions import Graphs
 from fedra_edge.training.onnx_walk import Entering
 from fedra_edge.training.trainer import InputArray, WholeModel

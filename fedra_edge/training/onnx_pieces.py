@@ -12,18 +12,10 @@ from fedra_edge.errors import SliceError
 from fedra_edge.protocol.layers import HEAD, STEM, TensorKey
 from fedra_edge.protocol.models import GraphName
 from fedra_edge.protocol.tensors import FloatArray, TensorInfo, map_tensor, read_header
+from fedra_edge.training.onnx_interface import HIDDEN, INPUTS, LORA_SCALE
 from fedra_edge.training.onnx_sessions import Arrays, Graph, Graphs
 from fedra_edge.training.prefetching import prefetch
 from fedra_edge.training.trainer import PieceFile
-
-INPUTS: Final = "inputs"
-HIDDEN: Final = "hidden"
-OUT: Final = "out"
-LOGITS: Final = "logits"
-GRADIENT: Final = "gradient"
-LORA_SCALE: Final = "lora_scale"
-GRAD: Final = "_grad"
-"""What the output that holds an input's gradient is called, behind the input's name."""
 
 _FORWARD: Final[Mapping[str, GraphName]] = {STEM: "stem", HEAD: "head"}
 _STORED_DTYPES: Final = frozenset({"F32", "F16", "BF16"})

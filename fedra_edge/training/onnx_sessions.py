@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.models import GraphName
+from fedra_edge.training.graph_checking import check_graph
 from fedra_edge.training.memory_shortage import is_memory_shortage
+from fedra_edge.training.onnx_interface import Interface
 from fedra_edge.training.trainer import GraphFiles
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _ERRORS_ONLY: Final = 3
 _MOST_OPEN: Final = 10
-_EXTERNAL: Final = b"\n\x08location\x12"
-"""How a tensor that lies in another file begins to say where (``TensorProto.external_data``)."""
 
 _TOO_NEW: Final = (
     "Unsupported model IR version", "under development", "is not a registered", "No Op registered",
@@ -41,7 +41,7 @@ class Graph:
     ``inputs`` are shapes by name, with text for a size that a call decides; ``outputs`` are names.
 
     Args:
-        content: The graph's bytes; from a file of its own it might refer to other files.
+        content: The graph's bytes; they are checked before ONNX Runtime sees them.
         threads: How many processor threads it may use.
 
     Raises:
@@ -50,13 +50,14 @@ class Graph:
 
     def __init__(self, content: bytes, what: GraphName, threads: int) -> None:
         self._what = what
-        if _EXTERNAL in content:
-            raise self._unusable("it refers to another file")
+        check_graph(content, what)
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = False  # which would keep what was needed once
         options.enable_mem_pattern = False
         options.intra_op_num_threads = threads
         options.log_severity_level = _ERRORS_ONLY
+        # A file that can be read as both would else be taken for one of its own format.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
@@ -78,6 +79,8 @@ class Graph:
             MemoryError: Memory does not suffice.
         """
         names = list(fetched)
+        if not names:  # for ONNX Runtime this means all
+            return {}
         feeds = {}
         for name in self.inputs:
             found = [source[name] for source in sources if name in source]
@@ -113,16 +116,20 @@ class Graph:
 
 
 class Graphs:
-    """A model's graphs, each opened when it is first asked for."""
+    """A model's graphs, each opened and held against ``interface`` when it is first asked for."""
 
-    def __init__(self, files: GraphFiles, sessions: SessionCache) -> None:
+    def __init__(self, files: GraphFiles, sessions: SessionCache, interface: Interface) -> None:
         self._files = files
+        self._interface = interface
         self._sessions = sessions
         self._open: dict[GraphName, Graph] = {}
 
     def __getitem__(self, name: GraphName) -> Graph:
         if name not in self._open:
-            self._open[name] = self._sessions.open(self._files[name], name)
+            contexts = () if name == "stem" else self["stem"].outputs
+            graph = self._sessions.open(self._files[name], name)
+            self._interface.check(name, graph.inputs, graph.outputs, contexts)
+            self._open[name] = graph
         return self._open[name]
 
     def open_all(self) -> None:

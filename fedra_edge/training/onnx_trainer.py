@@ -18,6 +18,7 @@ from fedra_edge.training.local_training import train_slice
 from fedra_edge.training.onnx_calibration import OnnxBlockProbe
 from fedra_edge.training.onnx_engine import OnnxEngine
 from fedra_edge.training.onnx_forward import OnnxForward
+from fedra_edge.training.onnx_interface import Interface
 from fedra_edge.training.onnx_sessions import Graphs, SessionCache
 from fedra_edge.training.onnx_walk import Entering
 from fedra_edge.training.trainer import (
@@ -55,7 +56,7 @@ class OnnxTrainer:
         self, spec: ModelSpec, usable_memory: UsableMemory, graphs: GraphFiles | None = None
     ) -> BlockCost:
         """Measure one block of the model with random weights, within a few seconds."""
-        opened = self._opened(graphs, spec)
+        opened = self._opened(graphs, spec, spec.default_targets)
         opened.open_all()
         return measure_block(spec, usable_memory, lambda: OnnxBlockProbe(spec, opened))
 
@@ -69,7 +70,8 @@ class OnnxTrainer:
             SliceError: The pieces do not fit the model, or training diverged.
             MemoryShortError: Not even the smallest plan fits the memory there is.
         """
-        engine = OnnxEngine(work, self._opened(work.graphs, work.spec))
+        graphs = self._opened(work.graphs, work.spec, work.manifest.adapter.targets)
+        engine = OnnxEngine(work, graphs)
         return train_slice(engine, work, data, surroundings)
 
     def evaluate(
@@ -107,14 +109,17 @@ class OnnxTrainer:
     def _walk(
         self, model: WholeModel, should_stop: ShouldStop, usable_memory: UsableMemory
     ) -> ForwardWalk[Entering]:
-        engine = OnnxForward(model, self._opened(model.graphs, model.spec))
+        graphs = self._opened(model.graphs, model.spec, model.adapter.targets)
+        engine = OnnxForward(model, graphs)
         return ForwardWalk(engine, model.spec, should_stop, usable_memory)
 
-    def _opened(self, graphs: GraphFiles | None, spec: ModelSpec) -> Graphs:
+    def _opened(
+        self, graphs: GraphFiles | None, spec: ModelSpec, targets: tuple[str, ...]
+    ) -> Graphs:
         if graphs is None:
             raise SliceError(
                 f"work on {spec.name} needs PyTorch on this machine: it has no graphs for "
                 "ONNX Runtime",
                 remedy="pip install 'fedra[torch]'",
             )
-        return Graphs(graphs, self._sessions)
+        return Graphs(graphs, self._sessions, Interface(spec, targets))

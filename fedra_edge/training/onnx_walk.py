@@ -12,20 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
+from fedra_edge.errors import SliceError
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.cross_entropy import cross_entropy_pull
 from fedra_edge.training.engine import LabelIds
-from fedra_edge.training.onnx_pieces import (
-    GRAD,
-    GRADIENT,
-    HIDDEN,
-    INPUTS,
-    LOGITS,
-    OUT,
-    PieceFeeds,
-)
+from fedra_edge.training.onnx_interface import GRAD, GRADIENT, HIDDEN, INPUTS, LOGITS, OUT
+from fedra_edge.training.onnx_pieces import PieceFeeds
 from fedra_edge.training.onnx_sessions import Arrays, Graphs
 from fedra_edge.training.trainer import InputArray, PieceFile, SliceWork
 
@@ -194,6 +188,8 @@ class OnnxSlice:
     def _add(self, piece: str, found: Mapping[str, FloatArray]) -> None:
         for output, gradient in found.items():
             name = _global_name(piece, output)
+            if gradient.shape != self._trained[name].shape:
+                raise SliceError(f"the gradient of {name} has the shape {gradient.shape}")
             if name in self.gradients:
                 self.gradients[name] += gradient
             else:

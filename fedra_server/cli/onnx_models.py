@@ -86,10 +86,15 @@ def _labels(text: str | None) -> list[str]:
         raise typer.BadParameter("--onnx needs --labels, such as --labels bolt,nut,washer")
     try:
         is_file = Path(text).is_file()
-        parts = Path(text).read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
+        if is_file:
+            parts = Path(text).read_text(encoding="utf-8").rstrip().splitlines()
+        else:
+            parts = text.split(",")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot read labels from {text[:100]}: {error}") from error
-    labels = [part.strip() for part in parts if part.strip()]
+    labels = [part.strip() for part in parts]
+    if not all(labels):
+        raise ConfigurationError("a label is empty", remedy="Name every label with --labels.")
     if len(set(labels)) != len(labels):
         raise ConfigurationError("a label is named twice")
     return labels

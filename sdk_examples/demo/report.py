@@ -50,10 +50,15 @@ def cost_table(
     report: RunReport, plans: Mapping[str, ParticipantReport], budgets: Mapping[str, Budget]
 ) -> Table:
     """Tell how each client worked and what taking part cost it."""
-    table = Table(title="How each client worked, and what it cost; sizes in MiB", box=SIMPLE_HEAD)
+    table = Table(
+        title="How each client worked, and what it cost; sizes in MiB",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("site")
     table.add_column("runtime")
-    table.add_column("slice")
+    table.add_column("slice", no_wrap=True)
     for heading in ("batch", "down", "up", "peak", "promise", "trained"):
         table.add_column(heading, justify="right")
     for client in _by_name(report, budgets):

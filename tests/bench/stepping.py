@@ -133,7 +133,9 @@ def _onnx_engine(work: SliceWork) -> tuple[TrainingEngine[Any], Trainer]:
     from fedra_edge.training.onnx_trainer import OnnxTrainer
 
     trainer = OnnxTrainer()
-    return OnnxEngine(work, trainer._opened(work.graphs, work.spec)), trainer
+    return OnnxEngine(
+        work, trainer._opened(work.graphs, work.spec, work.manifest.adapter.targets)
+    ), trainer
 
 
 def _serve(way: str, micro_batch: int) -> None:

@@ -16,6 +16,7 @@ from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.slicing import whole_model
 from fedra_edge.training import EvaluationCounts, SliceWork, TrainedSlice, Trainer, WholeModel
+from fedra_edge.training.onnx_interface import Interface
 from fedra_edge.training.onnx_sessions import Graphs, SessionCache
 from fedra_edge.training.onnx_trainer import OnnxTrainer
 from fedra_edge.training.onnx_walk import OnnxSlice
@@ -84,7 +85,11 @@ def onnx_step(work: SliceWork, parts: Parts, sessions: SessionCache) -> tuple[fl
     assert work.graphs is not None
     trained = trained_parameters(work, CPU)
     values = {name: parameter.detach().numpy() for name, parameter in trained.items()}
-    loaded = OnnxSlice(work, Graphs(work.graphs, sessions), values)
+    loaded = OnnxSlice(
+        work,
+        Graphs(work.graphs, sessions, Interface(work.spec, work.manifest.adapter.targets)),
+        values,
+    )
     entering = loaded.enter([inputs for inputs, _ in parts])
     loss = loaded.accumulate(entering, [label_ids for _, label_ids in parts], NUM_EXAMPLES)
     return loss, loaded.gradients

@@ -9,6 +9,7 @@ from typing import Any, Final
 import onnx
 from pydantic import ValidationError
 
+from fedra_edge.protocol.graph_operators import OPERATORS
 from fedra_edge.protocol.layers import LORA_A, LORA_B
 from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import PieceGraphs
@@ -93,8 +94,11 @@ def store_graphs(graphs: FinishedGraphs, blobs: BlobStore) -> PieceGraphs:
     """Put the graphs into the blob store; the same graphs always are the same bytes.
 
     Raises:
+        ConfigurationError: A graph uses an operator that no client computes.
         StorageError: The blob store refused one.
     """
+    for graph in (graphs.stem, graphs.block, graphs.block_vjp, graphs.head, graphs.head_vjp):
+        _check_operators(graph)
     return PieceGraphs(
         targets=graphs.targets,
         stem=blobs.put_bytes(pack_graph(graphs.stem)),
@@ -103,6 +107,15 @@ def store_graphs(graphs: FinishedGraphs, blobs: BlobStore) -> PieceGraphs:
         head=blobs.put_bytes(pack_graph(graphs.head)),
         head_vjp=blobs.put_bytes(pack_graph(graphs.head_vjp)),
     )
+
+
+def _check_operators(graph: onnx.ModelProto) -> None:
+    odd = sorted({node.op_type for node in graph.graph.node} - OPERATORS)
+    if odd:
+        raise ConfigurationError(
+            f"no client computes the operator {odd[0]}",
+            remedy="Export the model without it.",
+        )
 
 
 def build_graphs(

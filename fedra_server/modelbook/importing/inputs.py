@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from fedra_edge.protocol.models import ImageInput, ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
+from fedra_server.modelbook.importing.probing import MIN_TOKENS
 from fedra_server.modelbook.importing.reading import FlatGraph
 from fedra_server.storage.blobs import BlobStore
 
@@ -93,13 +94,19 @@ def _token_input(graph: FlatGraph, given: Preparation, blobs: BlobStore) -> Toke
         raise ConfigurationError(
             "the model reads token ids", remedy="Give its tokenizer: --tokenizer tokenizer.json."
         )
+    max_tokens = DEFAULT_MAX_TOKENS if given.max_tokens is None else given.max_tokens
+    if max_tokens < MIN_TOKENS:
+        raise ConfigurationError(
+            f"texts of {max_tokens} tokens are too short to tell how the model treats lengths",
+            remedy=f"Give at least {MIN_TOKENS} with --max-tokens.",
+        )
     from fedra_server.modelbook.tokenizing import check_vocabulary, open_tokenizer
 
     vocabulary_size = _vocabulary_size(graph)
     check_vocabulary(open_tokenizer(given.tokenizer), vocabulary_size)
     return TokenInput(
         vocabulary_size=vocabulary_size,
-        max_tokens=given.max_tokens or DEFAULT_MAX_TOKENS,
+        max_tokens=max_tokens,
         tokenizer=blobs.put_bytes(given.tokenizer.read_bytes()),
     )
 

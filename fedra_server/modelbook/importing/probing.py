@@ -21,6 +21,7 @@ from fedra_server.modelbook.importing.reading import Array, FlatGraph
 _BATCHES: Final = (2, 3)
 _LONGEST: Final = 12
 _STEP: Final = 5
+MIN_TOKENS: Final = _STEP + 1
 _MAX_SIZES: Final = 16
 _ANY_SIZE: Final = (
     "Export the model with a dynamic batch axis; give --image-size if it takes another size."

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx
+import onnx.checker
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, inliner, numpy_helper, version_converter
+from onnx import helper, inliner, numpy_helper, version_converter
 
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.graphs.writing import OPSET
@@ -22,6 +24,9 @@ _STANDARD: Final = frozenset({"", "ai.onnx"})
 _CONTROL: Final = frozenset({"If", "Loop", "Scan", "SequenceConstruct"})
 _EXPORT_AGAIN: Final = (
     "Export the model for inference, in float32, without optimizations, with opset 18."
+)
+_OTHER_PATH: Final = (
+    "Give the path of a file that can be read, with the files of its weights beside it."
 )
 Array = NDArray[Any]
 
@@ -53,13 +58,16 @@ def read_graph(path: Path) -> FlatGraph:
     """
     try:
         model = onnx.load(path)
-    except Exception as error:  # of the system, of protobuf, or that external data are missing
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error}", remedy=_OTHER_PATH) from error
+    except Exception as error:  # of protobuf, or of weights that are kept in a file beside it
         raise ConfigurationError(f"cannot read {path}: {error}", remedy=_EXPORT_AGAIN) from error
     if not model.graph.node:
         raise ConfigurationError(f"{path} holds no ONNX model", remedy=_EXPORT_AGAIN)
-    model = _at_one_opset(inliner.inline_local_functions(model) if model.functions else model)
-    graph = model.graph
-    constants = {it.name: numpy_helper.to_array(it) for it in graph.initializer}
+    with _refusing(path):
+        model = _at_one_opset(inliner.inline_local_functions(model) if model.functions else model)
+        graph = model.graph
+        constants = {it.name: numpy_helper.to_array(it) for it in graph.initializer}
     named = [name for name, array in constants.items() if _is_weight(name, array)]
     weights = {name: constants.pop(name) for name in named}
     flat = FlatGraph(
@@ -102,15 +110,31 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {it.name: helper.get_attribute_value(it) for it in node.attribute}
 
 
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn what the library says of an invalid model into a refusal."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:  # the library raises many kinds
+        raise ConfigurationError(
+            f"{path} is no valid ONNX model: {error}", remedy=_EXPORT_AGAIN
+        ) from error
+
+
 def _at_one_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     """Lower or raise the opset, after making sure that there is nothing but standard operators."""
     for node in model.graph.node:
         if node.domain not in _STANDARD or node.op_type in _CONTROL:
             raise _unsupported(node)
+    _check(model)
     version = next((it.version for it in model.opset_import if it.domain in _STANDARD), 0)
-    if version < OLDEST_OPSET:
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= version <= newest:
         raise ConfigurationError(
-            f"opset {version} is too old; {OLDEST_OPSET} is the oldest", remedy=_EXPORT_AGAIN
+            f"opset {version} is not supported; {OLDEST_OPSET} to {newest} are",
+            remedy=_EXPORT_AGAIN,
         )
     if version < OPSET:
         return version_converter.convert_version(model, OPSET)
@@ -122,6 +146,17 @@ def _at_one_opset(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.extend(kept)
     return model
+
+
+def _check(model: onnx.ModelProto) -> None:
+    """Make sure that the model is valid, and that its weights and output are where we look."""
+    onnx.checker.check_model(model)
+    graph = model.graph
+    if graph.sparse_initializer:
+        raise ConfigurationError("the model has sparse weights", remedy=_EXPORT_AGAIN)
+    made = {name for node in graph.node for name in node.output}
+    if not graph.output or _logits_of(graph) not in made:
+        raise ConfigurationError("no operator makes the model's output", remedy=_EXPORT_AGAIN)
 
 
 def _exists(node: onnx.NodeProto) -> bool:
@@ -214,11 +249,19 @@ def _without_aliases(graph: FlatGraph) -> FlatGraph:
 
 
 def _constant_of(node: onnx.NodeProto) -> Array:
-    (value,) = attributes_of(node).values()
-    if isinstance(value, TensorProto):
-        return numpy_helper.to_array(value)
-    is_float = isinstance(value, float) or (isinstance(value, list) and isinstance(value[0], float))
-    return np.array(value, np.float32 if is_float else np.int64)
+    found = attributes_of(node)
+    match [*found]:
+        case ["value"]:
+            return numpy_helper.to_array(found["value"])
+        case ["value_float" | "value_floats" as kind]:
+            return np.array(found[kind], np.float32)
+        case ["value_int" | "value_ints" as kind]:
+            return np.array(found[kind], np.int64)
+        case kinds:
+            raise ConfigurationError(
+                f"a constant with {' and '.join(kinds) or 'no value'} is not supported",
+                remedy=_EXPORT_AGAIN,
+            )
 
 
 def _is_idle_dropout(node: onnx.NodeProto, constants: dict[str, Array]) -> bool:

@@ -31,14 +31,14 @@ from fedra_server.modelbook.importing.costing import piece_cost
 from fedra_server.modelbook.importing.cutting import Region
 from fedra_server.modelbook.importing.inputs import Preparation, find_onnx_input
 from fedra_server.modelbook.importing.naming import default_targets
-from fedra_server.modelbook.importing.probing import random_inputs
+from fedra_server.modelbook.importing.probing import MIN_TOKENS, random_inputs
 from fedra_server.modelbook.importing.reading import Array, read_graph
 from fedra_server.modelbook.importing.splitting import SplitModel, split_graph
 from fedra_server.storage.blobs import BlobStore
 
 _TOLERANCE: Final = 1e-4
 _EXAMPLES: Final = 3
-_TOKENS: Final = 6
+_TOKENS: Final = MIN_TOKENS
 _RANK: Final = 2
 _ADAPTER_STD: Final = 0.1
 
@@ -66,7 +66,6 @@ def register_onnx(
         )
     targets = default_targets([*model.linears])
     graphs = finish_graphs(model.graphs, targets, model.head_parameters)
-    _check_longest(model, wanted)
     _check_chain(path, model, wanted)
     _check_gradients(model, graphs, wanted)
     head = model.weights[HEAD]
@@ -100,35 +99,35 @@ def _store(
     return Piece(weights=blobs.put_bytes(serialize_tensors(weights)), cost=cost)
 
 
-def _check_longest(model: SplitModel, wanted: ModelInput) -> None:
-    """Make sure that the model has positions for the longest texts it will be given."""
-    if isinstance(wanted, TokenInput):
-        longest = random_inputs(wanted, 1, wanted.max_tokens)
-        try:
-            run_graph(model.graphs.stem, {INPUTS: longest, **model.weights[STEM]})
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f"the model cannot read texts of {wanted.max_tokens} tokens: {error}",
-                remedy="Give as many as the model has positions with --max-tokens.",
-            ) from error
-
-
 def _check_chain(path: Path, model: SplitModel, wanted: ModelInput) -> None:
     """Compare the pieces, one after the other, with the whole, on batches of several sizes."""
     whole = onnx.load(path)
     for examples in (1, _EXAMPLES):
-        inputs = random_inputs(wanted, examples, _tokens(wanted), seed=1)
-        given = _named_inputs(whole, inputs)
-        results = run_graph(whole, given)
-        expected = results.get(LOGITS, next(iter(results.values())))
-        values = _walk(model, inputs, model.num_layers)
-        found = run_graph(model.graphs.head, {**values, **model.weights[HEAD]})[LOGITS]
-        differs_by = float(np.abs(found - expected).max())
-        if not differs_by <= _TOLERANCE * max(1.0, float(np.abs(expected).max())):
-            raise ConfigurationError(
-                f"the pieces together give logits that differ by {differs_by:.1e} from the file's",
-                remedy="Export the model for inference, in float32, without random operators.",
-            )
+        _compare(whole, model, random_inputs(wanted, examples, _TOKENS, seed=1))
+    if isinstance(wanted, TokenInput):
+        longest = wanted.max_tokens
+        for examples, tokens in ((2, (_TOKENS + longest) // 2), (1, longest)):
+            try:
+                _compare(whole, model, random_inputs(wanted, examples, tokens, seed=1))
+            except ConfigurationError as error:
+                raise ConfigurationError(
+                    f"the model cannot be taken for texts of {tokens} tokens: {error}",
+                    remedy="Give fewer with --max-tokens: no more than the model has positions, "
+                    "nor than a window of its attention holds.",
+                ) from error
+
+
+def _compare(whole: onnx.ModelProto, model: SplitModel, inputs: Array) -> None:
+    results = run_graph(whole, _named_inputs(whole, inputs))
+    expected = results.get(LOGITS, next(iter(results.values())))
+    values = _walk(model, inputs, model.num_layers)
+    found = run_graph(model.graphs.head, {**values, **model.weights[HEAD]})[LOGITS]
+    differs_by = float(np.abs(found - expected).max())
+    if not differs_by <= _TOLERANCE * max(1.0, float(np.abs(expected).max())):
+        raise ConfigurationError(
+            f"the pieces together give logits that differ by {differs_by:.1e} from the file's",
+            remedy="Export the model for inference, in float32, without random operators.",
+        )
 
 
 def _check_gradients(model: SplitModel, graphs: FinishedGraphs, wanted: ModelInput) -> None:
@@ -141,7 +140,7 @@ def _check_gradients(model: SplitModel, graphs: FinishedGraphs, wanted: ModelInp
         for factor, shape in shapes.items():
             drawn = generator.normal(0, _ADAPTER_STD, shape)
             adapters[f"{target}.{factor}"] = drawn.astype(np.float32)
-    values = _walk(model, random_inputs(wanted, 2, _tokens(wanted)), 0)
+    values = _walk(model, random_inputs(wanted, 2, _TOKENS), 0)
     layer = {**values, **model.weights[layer_piece(LayerId(0))], **adapters}
     check_by_differences(graphs.block, graphs.block_vjp, block_gradients(graphs.targets), layer)
     head = {**values, **model.weights[HEAD]}
@@ -156,10 +155,6 @@ def _walk(model: SplitModel, inputs: Array, num_layers: int) -> dict[str, Array]
         layer = {**values, **model.weights[layer_piece(LayerId(index))]}
         values[HIDDEN] = run_graph(model.graphs.block, layer)[OUT]
     return values
-
-
-def _tokens(wanted: ModelInput) -> int:
-    return min(_TOKENS, wanted.max_tokens) if isinstance(wanted, TokenInput) else 0
 
 
 def _named_inputs(model: onnx.ModelProto, inputs: Array) -> dict[str, Array]:

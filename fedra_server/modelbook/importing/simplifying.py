@@ -230,7 +230,9 @@ def _direct_permutation(
     join = producers.get(turn.input[0]) if turn and turn.op_type == "Transpose" else None
     if turn is None or join is None or join.op_type != "Reshape":
         return [], ""
-    perm = attributes_of(turn)["perm"]
+    perm = attributes_of(turn).get("perm")
+    if not perm:
+        return [], ""
     first, joined, last = (
         probes.shapes.get(name, ()) for name in (join.input[0], join.output[0], split.output[0])
     )
@@ -250,7 +252,8 @@ def _with_transposes_in_turn(graph: FlatGraph) -> FlatGraph:
     first: dict[str, onnx.NodeProto] = {}
     nodes = []
     for node in graph.nodes:
-        before = first.setdefault(node.input[0], node) if node.op_type == "Transpose" else node
+        is_told = node.op_type == "Transpose" and "perm" in attributes_of(node)
+        before = first.setdefault(node.input[0], node) if is_told else node
         if before is not node:
             done, wanted = attributes_of(before)["perm"], attributes_of(node)["perm"]
             perm = [done.index(axis) for axis in wanted]

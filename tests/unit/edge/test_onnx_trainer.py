@@ -200,7 +200,7 @@ def test_adapters_that_the_graph_does_not_have_are_refused(
     values = random_tensors(tiny.spec.delta_shapes(adapter, tiny.spec.layer_ids))
     revision = put_revision(tiny.spec, values, tiny.blobs)
     work = work_of(tiny, [0], adapter=adapter, revision=revision)
-    with pytest.raises(SliceError, match="missing or extra tensors"):
+    with pytest.raises(SliceError, match="missing, extra or misshapen inputs"):
         trainer.train(work, noise_data(), room_for(work))
 
 

@@ -19,14 +19,23 @@ from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, layer_piece
 from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec
 from fedra_edge.protocol.tensors import read_tensors
+from fedra_server.cli.onnx_models import register_file
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.graphs.retargeting import retarget_graphs
 from fedra_server.modelbook.graphs.running import run_graph
 from fedra_server.modelbook.importing.inputs import Preparation
 from fedra_server.modelbook.importing.naming import default_targets, named_by_index
+from fedra_server.modelbook.importing.probing import MIN_TOKENS
 from fedra_server.modelbook.importing.registering import register_onnx
 from fedra_server.storage.blobs import BlobStore
-from tests.support.onnx_models import POSITIONS, VOCABULARY, build_model, export_model
+from tests.support.onnx_models import (
+    POSITIONS,
+    VOCABULARY,
+    WINDOW,
+    WindowedTextModel,
+    build_model,
+    export_model,
+)
 from tests.support.tiny_vit import LABELS
 
 BLOCKS = {
@@ -280,12 +289,42 @@ def test_texts_longer_than_the_models_positions_are_refused(
 ) -> None:
     path = export_model(build_model("bert"), tmp_path / "model.onnx", dynamo=False)
     given = Preparation(tokenizer=tokenizer, max_tokens=POSITIONS + 1)
-    with pytest.raises(ConfigurationError, match="cannot read texts of 33 tokens") as caught:
+    with pytest.raises(ConfigurationError, match="for texts of 33 tokens: onnxruntime") as caught:
         register_onnx(path, "long", LABELS, given, BlobStore(tmp_path / "blobs"))
     assert "--max-tokens" in caught.value.remedy
     with pytest.raises(ConfigurationError, match="reads token ids") as caught:
         register_onnx(path, "untold", LABELS, Preparation(), BlobStore(tmp_path / "blobs"))
     assert "--tokenizer" in caught.value.remedy
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_what_is_otherwise_for_longer_texts_is_refused(
+    tmp_path: Path, tokenizer: Path, dynamo: bool
+) -> None:
+    path = export_model(WindowedTextModel().eval(), tmp_path / "model.onnx", dynamo=dynamo)
+    blobs = BlobStore(tmp_path / "blobs")
+    for longest in (WINDOW + 1, 2 * WINDOW, 8 * WINDOW):
+        given = Preparation(tokenizer=tokenizer, max_tokens=longest)
+        with pytest.raises(ConfigurationError, match=r"differ by .* from the file's") as caught:
+            register_onnx(path, "windowed", LABELS, given, blobs)
+        assert "--max-tokens" in caught.value.remedy
+    given = Preparation(tokenizer=tokenizer, max_tokens=WINDOW)
+    assert register_onnx(path, "windowed", LABELS, given, blobs).num_layers == 3
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_the_shortest_length_that_can_be_registered_is_told(
+    tmp_path: Path, tokenizer: Path, by_dynamo: bool, name: str
+) -> None:
+    path = export_model(build_model(name), tmp_path / "model.onnx", dynamo=by_dynamo)
+    blobs = BlobStore(tmp_path / "blobs")
+    for longest in range(MIN_TOKENS):
+        given = Preparation(tokenizer=tokenizer, max_tokens=longest)
+        with pytest.raises(ConfigurationError, match="too short") as caught:
+            register_onnx(path, "short", LABELS, given, blobs)
+        assert f"at least {MIN_TOKENS} with --max-tokens" in caught.value.remedy
+    given = Preparation(tokenizer=tokenizer, max_tokens=MIN_TOKENS)
+    assert register_onnx(path, "short", LABELS, given, blobs).num_layers == 3
 
 
 def test_a_run_may_choose_other_targets(tmp_path: Path) -> None:
@@ -358,6 +397,30 @@ def test_foreign_operators_are_named(
     assert error.remedy
 
 
+@pytest.mark.parametrize("opset", [9, 99])
+def test_opsets_that_are_too_old_or_new_are_told(tmp_path: Path, opset: int) -> None:
+    path = save_graph(tmp_path / "model.onnx", linear_nodes(), batch="n")
+    model = onnx.load(path)
+    model.opset_import[0].version = opset
+    onnx.save(model, path)
+    error = refused(path, tmp_path)
+    assert f"opset {opset} is not supported; 13 to" in str(error)
+    assert "opset 18" in error.remedy
+
+
+def test_a_transpose_may_leave_the_order_of_axes_out(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("Transpose", ["weight"], ["one"]),
+        helper.make_node("Transpose", ["weight"], ["other"]),
+        helper.make_node("Add", ["one", "other"], ["sum"]),
+        helper.make_node("Transpose", ["sum"], ["turned"]),
+        helper.make_node("MatMul", ["flat", "turned"], ["logits"]),
+    ]
+    path = save_graph(tmp_path / "model.onnx", nodes, batch="n")
+    assert "no repeated block" in str(refused(path, tmp_path))
+
+
 def test_a_batch_of_one_size_is_refused(tmp_path: Path) -> None:
     path = save_graph(tmp_path / "model.onnx", linear_nodes(), batch=1)
     error = refused(path, tmp_path)
@@ -368,8 +431,96 @@ def test_a_batch_of_one_size_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no model at all")
-    assert "model.onnx" in str(refused(path, tmp_path))
-    assert "model.onnx" in str(refused(tmp_path / "missing" / "model.onnx", tmp_path))
+    error = refused(path, tmp_path)
+    assert "model.onnx" in str(error)
+    assert "Export the model" in error.remedy
+
+
+def test_a_wrong_path_is_told(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing" / "model.onnx", tmp_path):
+        error = refused(path, tmp_path)
+        assert str(path) in str(error)
+        assert error.remedy.startswith("Give the path")
+
+
+SPARSE = helper.make_sparse_tensor(
+    helper.make_tensor("values", TensorProto.FLOAT, [1], [1.0]),
+    helper.make_tensor("places", TensorProto.INT64, [1], [0]),
+    [4],
+)
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        (
+            helper.make_node("Constant", [], ["c"], value_string=b"words"),
+            "with value_string",
+        ),
+        (
+            helper.make_node("Constant", [], ["c"], sparse_value=SPARSE),
+            "with sparse_value",
+        ),
+        (helper.make_node("Constant", [], ["c"]), "a constant with no value"),
+        (helper.make_node("Neg", ["nothing"], ["negative"]), "'nothing' of node"),
+        (helper.make_node("Neg", ["logits"], ["logits"]), "'logits' of node"),
+        (helper.make_node("Flatten", ["images"], ["weight"]), "'weight'"),
+        (helper.make_node("Flatten", ["images"], ["flat"]), "'flat'"),
+    ],
+    ids=["string", "sparse", "empty", "dangling", "cycle", "weight made", "made twice"],
+)
+def test_invalid_nodes_are_refused(tmp_path: Path, node: onnx.NodeProto, told: str) -> None:
+    path = save_graph(tmp_path / "model.onnx", [node, *linear_nodes()], batch="n")
+    error = refused(path, tmp_path)
+    assert told in str(error)
+    assert "Export the model" in error.remedy
+
+
+def test_constants_without_elements_are_taken(tmp_path: Path) -> None:
+    path = export_model(build_model("mixer"), tmp_path / "model.onnx", dynamo=True)
+    model = onnx.load(path)
+    kinds = {"value_ints": onnx.AttributeProto.INTS, "value_floats": onnx.AttributeProto.FLOATS}
+    for name, kind in kinds.items():
+        node = helper.make_node("Constant", [], [name])
+        node.attribute.append(helper.make_attribute(name, [], attr_type=kind))
+        model.graph.node.insert(0, node)
+    onnx.save(model, path)
+    spec = register_onnx(path, "empty", LABELS, Preparation(), BlobStore(tmp_path / "blobs"))
+    assert spec.num_layers == 3
+
+
+def test_invalid_weights_and_outputs_are_refused(tmp_path: Path) -> None:
+    path = save_graph(tmp_path / "model.onnx", linear_nodes(), batch="n")
+
+    def broken(change: Callable[[onnx.GraphProto], object]) -> str:
+        model = onnx.load(path)
+        change(model.graph)
+        changed = tmp_path / "changed.onnx"
+        changed.write_bytes(model.SerializeToString())
+        error = refused(changed, tmp_path)
+        assert "Export the model" in error.remedy
+        return str(error)
+
+    assert "not unique" in broken(lambda it: it.initializer.append(it.initializer[0]))
+    assert "raw_data size" in broken(lambda it: it.initializer[0].dims.append(2**40))
+    sparse = onnx.SparseTensorProto()
+    sparse.CopyFrom(SPARSE)
+    assert "sparse weights" in broken(lambda it: it.sparse_initializer.append(sparse))
+    assert "no operator makes" in broken(lambda it: it.output.pop())
+    assert "no operator makes" in broken(lambda it: it.output[0].MergeFrom(it.input[0]))
+
+
+@pytest.mark.parametrize("text", ["a,,b", "a,b,", "", " ", "a, ,b"])
+def test_empty_labels_are_refused(tmp_path: Path, text: str) -> None:
+    chosen = {"path": None, "weights_dtype": "float32", "graphs": True, "labels": text}
+    file = tmp_path / "labels.txt"
+    file.write_text(text.replace(",", "\n") + "\n\nc", encoding="utf-8")
+    for labels in (text, str(file)):
+        with pytest.raises(ConfigurationError, match="a label is empty") as caught:
+            register_file(
+                tmp_path / "model.onnx", "m", {**chosen, "labels": labels}, BlobStore(tmp_path)
+            )
+        assert "--labels" in caught.value.remedy
 
 
 def test_all_labels_must_be_named(tmp_path: Path) -> None:
