@@ -224,14 +224,23 @@ def use_later_format(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("extra", ["onnx", "onnx-training"])
-@pytest.mark.parametrize("alter", [use_unknown_operator, use_later_opset, use_later_format])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (use_unknown_operator, "update fedra"),
+        (use_later_opset, "pip install"),
+        (use_later_format, "pip install"),
+    ],
+    ids=lambda case: case[0].__name__,
+)
 def test_a_graph_of_another_time_is_explained(
     bare: Mapping[str, Environment],
     exported: Path,
     data: Mapping[str, SiteData],
     extra: str,
-    alter: Callable[[onnx.ModelProto], None],
+    case: tuple[Callable[[onnx.ModelProto], None], str],
 ) -> None:
+    alter, remedy = case
     out = exported.with_name(f"{alter.__name__}-{extra}")
     write_altered(exported, out, alter)
     given = ("--export", str(out), "--data", str(data["press"].path), "--json")
@@ -239,7 +248,7 @@ def test_a_graph_of_another_time_is_explained(
     told = json.loads(done.stdout)
     assert done.returncode == 3
     assert "block" in told["message"]
-    assert "pip install" in told["remedy"]
+    assert remedy in told["remedy"]
     assert "Traceback" not in done.stderr
     with_torch = run_edge_command("evaluate", *given)
     assert with_torch.returncode == 0, with_torch.stdout
