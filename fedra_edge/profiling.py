@@ -17,6 +17,7 @@ from fedra_edge.cgroups import GroupLimit, GroupLimits, read_group_limits
 from fedra_edge.durable_files import storage_errors
 from fedra_edge.protocol.devices import Backend, DeviceProfile
 
+_WORTH_TELLING: Final = 0.2
 _SYSTEM_RESERVE: Final = 0.05
 """Share of the machine's memory that is left to the system and its file cache."""
 
@@ -101,6 +102,11 @@ def measure_usable_memory(
         virtual_bytes = min(state.virtual_bytes, state.resident_bytes + most_unbacked_bytes)
         state = replace(state, virtual_bytes=virtual_bytes)
     return usable_memory(state, read_group_limits(root), caps)
+
+
+def is_other_memory(before_bytes: int, now_bytes: int) -> bool:
+    """Tell whether usable memory has changed by so much that plans are worth making anew."""
+    return abs(now_bytes - before_bytes) > _WORTH_TELLING * before_bytes
 
 
 def unbacked_bytes() -> int:

@@ -7,6 +7,7 @@ some. Process id, limits, environment and open outputs stay; Windows cannot do t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from fedra_edge.errors import FedraEdgeError, ServerRefusedError, WorkInterrupte
 from fedra_edge.exit_codes import exit_code_of
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import IdentityFile
-from fedra_edge.profiling import SiteCaps, measure_usable_memory
+from fedra_edge.profiling import SiteCaps, is_other_memory, measure_usable_memory
 from fedra_edge.protocol.rounds import Assignment, Wait
 from fedra_edge.retrying import Retrier
 from fedra_edge.transport import Transport, open_http_client
@@ -32,9 +33,6 @@ from fedra_edge.transport import Transport, open_http_client
 CAN_REST: Final = os.name == "posix"
 CONTRIBUTED: Final = "--contributed"
 """The hidden option that carries a client's count of contributions through its rests."""
-
-WORTH_TELLING: Final = 0.2
-"""By what part usable memory must change before plans are worth making anew."""
 
 _BREATH_S: Final = 1.0
 _START: Final = (
@@ -104,14 +102,15 @@ def is_there_work(rest: Rest, told_to_stop: threading.Event) -> bool:
         api = ServerApi(transport, Retrier(control.stopping))
         memory_bytes = measure_usable_memory(rest.caps)
         try:
-            while not _is_work(api.assignment(rest.poll_s)) and not _has_changed(
+            while not _is_work(api.assignment(rest.poll_s)) and not is_other_memory(
                 memory_bytes, measure_usable_memory(rest.caps)
             ):
                 control.stopping.wait(_BREATH_S)
         except WorkInterrupted:
             control.settle()
             transport.reopen()
-            api.offline()
+            with contextlib.suppress(FedraEdgeError):  # a server that is not there sees it itself
+                api.offline()
             return False
         except ServerRefusedError:
             return True  # the whole client knows what to say of it
@@ -135,10 +134,6 @@ def main() -> None:
 def _is_work(assignment: Assignment) -> bool:
     is_idle = isinstance(assignment, Wait) and not (assignment.calibrate or assignment.evaluate)
     return not is_idle
-
-
-def _has_changed(before_bytes: int, now_bytes: int) -> bool:
-    return abs(now_bytes - before_bytes) > WORTH_TELLING * before_bytes
 
 
 def _stop_on_signals(control: Control, told: threading.Event) -> None:

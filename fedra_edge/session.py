@@ -16,12 +16,12 @@ from fedra_edge.errors import (
 from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Parcel
 from fedra_edge.participation import FATAL, Equipment, Participation
+from fedra_edge.profiling import is_other_memory
 from fedra_edge.progress import Phase
 from fedra_edge.protocol.devices import DeviceProfile
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
 from fedra_edge.protocol.rounds import Assignment, Stop, Train, Wait
-from fedra_edge.resting import WORTH_TELLING
 from fedra_edge.retrying import RetryPolicy
 
 LOGGER: Final = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Session:
         if is_early or not self._is_reason_known:
             return
         told_bytes, profile = self._profile.memory_bytes, self._measure()
-        if abs(profile.memory_bytes - told_bytes) > WORTH_TELLING * told_bytes:
+        if is_other_memory(told_bytes, profile.memory_bytes):
             LOGGER.info("usable memory went from %d to %d bytes", told_bytes, profile.memory_bytes)
             self._profile = profile
             self._told_at = time.monotonic()

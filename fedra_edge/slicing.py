@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from typing_extensions import override
 
@@ -15,7 +15,6 @@ from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
 from fedra_edge.protocol.models import (
     AdapterSpec,
     BlobRef,
-    GraphName,
     ModelSpec,
     PieceGraphs,
     Shape,
@@ -30,6 +29,9 @@ from fedra_edge.training.trainer import (
     SliceWork,
     WholeModel,
 )
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class LayerSource(Protocol):
@@ -63,14 +65,15 @@ def whole_model(task: EvaluationTask, spec: ModelSpec, layer_cache: LayerSource)
     """
     _check_model(task.model_id, task.revision, spec)
     adapters = _read_adapters(task.revision, task.adapter, spec, layer_cache, spec.layer_ids)
-    weights = FetchedPieces(piece_refs(spec, spec.layer_ids), layer_cache)
+    refs = piece_refs(spec, spec.layer_ids)
+    weights = Fetched(refs, lambda ref: PieceFile(layer_cache.path(ref)))
     graphs = find_graphs(task.graphs, layer_cache)
     return WholeModel(spec, task.adapter, weights, adapters, graphs)
 
 
 def find_graphs(graphs: PieceGraphs | None, layer_cache: LayerSource) -> GraphFiles | None:
     """Say where a model's graphs are, if there are any; a backend without use for them has none."""
-    return None if graphs is None else FetchedGraphs(graphs, layer_cache)
+    return None if graphs is None else Fetched(graphs.by_name, layer_cache.path)
 
 
 def fetch_tokenizer(spec: ModelSpec, layer_cache: LayerSource) -> TextTokenizer | None:
@@ -91,39 +94,19 @@ def piece_refs(spec: ModelSpec, layer_ids: Iterable[LayerId]) -> dict[str, BlobR
     return {STEM: spec.stem.weights, **layers, HEAD: spec.head.weights}
 
 
-class FetchedPieces(Mapping[str, PieceFile]):
-    """Files by piece, fetched on look-up, so that a small disk can walk over a big model."""
+class Fetched(Mapping[Key, Value]):
+    """Blobs by name, fetched on look-up, so that a small disk can walk over a big model."""
 
-    def __init__(self, refs: Mapping[str, BlobRef], layer_cache: LayerSource) -> None:
+    def __init__(self, refs: Mapping[Key, BlobRef], fetch: Callable[[BlobRef], Value]) -> None:
         self._refs = refs
-        self._layer_cache = layer_cache
+        self._fetch = fetch
 
     @override
-    def __getitem__(self, piece: str) -> PieceFile:
-        return PieceFile(self._layer_cache.path(self._refs[piece]))
+    def __getitem__(self, name: Key) -> Value:
+        return self._fetch(self._refs[name])
 
     @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refs)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._refs)
-
-
-class FetchedGraphs(Mapping[GraphName, Path]):
-    """Graphs by name, fetched on look-up, because only ONNX Runtime asks for them."""
-
-    def __init__(self, graphs: PieceGraphs, layer_cache: LayerSource) -> None:
-        self._refs = graphs.by_name
-        self._layer_cache = layer_cache
-
-    @override
-    def __getitem__(self, name: GraphName) -> Path:
-        return self._layer_cache.path(self._refs[name])
-
-    @override
-    def __iter__(self) -> Iterator[GraphName]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._refs)
 
     @override

@@ -58,9 +58,8 @@ def _train(
 
 def _lacks_calibration(store: Store, client: ClientRecord, run: RunRecord) -> bool:
     """Tell whether a client could take part in a run but has not measured its model."""
-    if _why_not_here(store, client, run):
-        return False
-    return store.calibration(client.client_id, run.model_id) is None
+    is_unknown = store.calibration(client.client_id, run.model_id) is None
+    return is_unknown and _why_not_here(store, client, run) is None
 
 
 def _why_not_here(store: Store, client: ClientRecord, run: RunRecord) -> str | None:
@@ -70,10 +69,11 @@ def _why_not_here(store: Store, client: ClientRecord, run: RunRecord) -> str | N
 
 def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     """Explain why an active run has no work for this client now."""
-    if obstacle := _why_not_here(store, client, run):
-        return f"this machine cannot take part in run {run.run}: {obstacle}"
     calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None:
+        obstacle = _why_not_here(store, client, run)
+        if obstacle is not None:
+            return f"this machine cannot take part in run {run.run}: {obstacle}"
         return f"run {run.run} needs to know what its model costs on this machine"
     fit = fit_work(client.profile, calibration, store.model(run.model_id).spec, run.spec.terms)
     if isinstance(fit, Unfit):

@@ -48,8 +48,8 @@ def measure_block(
 ) -> BlockCost:
     """Measure time and memory of a block with random weights.
 
-    Times are medians of a few runs, per example. The number of examples at once adapts to the
-    machine, so that the whole takes a second or two and little memory.
+    Times are those of the shortest of a few runs, per example. The number of examples at once
+    adapts to the machine, so that the whole takes a second or two and little memory.
 
     Raises:
         MemoryShortError: Memory does not even suffice for one example.

@@ -7,8 +7,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedra_edge.training.engine import LabelIds
+
 Float = TypeVar("Float", np.float32, np.float64)
-LabelIds = NDArray[np.int64]
 
 
 def log_softmax(logits: NDArray[Float]) -> NDArray[Float]:

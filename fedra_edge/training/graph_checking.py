@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fedra_edge.errors import SliceError
-from fedra_edge.protocol.graph_operators import OPERATORS
+from fedra_edge.protocol.graphs import OPERATORS
 from fedra_edge.protocol.models import GraphName
 
 _VARINT: Final = 0

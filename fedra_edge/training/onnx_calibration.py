@@ -9,10 +9,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedra_edge.protocol.graphs import GRADIENT, HIDDEN, INPUTS, LORA_SCALE, OUT
 from fedra_edge.protocol.models import AdapterSpec, ModelSpec, TokenInput
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.calibrating import SPREAD
-from fedra_edge.training.onnx_interface import GRADIENT, HIDDEN, INPUTS, LORA_SCALE, OUT
 from fedra_edge.training.onnx_pieces import weight_names
 from fedra_edge.training.onnx_sessions import Arrays, Graph, Graphs
 from fedra_edge.training.trainer import InputArray

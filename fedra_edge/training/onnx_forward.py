@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from fedra_edge.protocol.graphs import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_edge.training.onnx_interface import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_edge.training.onnx_pieces import PieceFeeds
 from fedra_edge.training.onnx_sessions import Graphs
 from fedra_edge.training.onnx_walk import Entering

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedra_edge.errors import SliceError
+from fedra_edge.protocol.graphs import (
+    GRADIENT,
+    GRADIENT_SUFFIX,
+    HIDDEN,
+    INPUTS,
+    LOGITS,
+    LORA_SCALE,
+    OUT,
+)
 from fedra_edge.protocol.layers import LORA_A, LORA_B
 from fedra_edge.protocol.models import GraphName, ModelSpec
-
-INPUTS: Final = "inputs"
-HIDDEN: Final = "hidden"
-OUT: Final = "out"
-LOGITS: Final = "logits"
-GRADIENT: Final = "gradient"
-LORA_SCALE: Final = "lora_scale"
-GRAD: Final = "_grad"
-"""What the output that holds an input's gradient is called, behind the input's name."""
 
 _FLOAT_BYTES: Final = 4
 _RANK: Final = "r"
@@ -70,9 +70,9 @@ class Interface:
         expected = {
             "stem": {HIDDEN, *outputs},
             "block": {OUT},
-            "block_vjp": {name + GRAD for name in (HIDDEN, *self._adapters)},
+            "block_vjp": {name + GRADIENT_SUFFIX for name in (HIDDEN, *self._adapters)},
             "head": {LOGITS},
-            "head_vjp": {name + GRAD for name in (HIDDEN, *self.spec.head_parameters)},
+            "head_vjp": {name + GRADIENT_SUFFIX for name in (HIDDEN, *self.spec.head_parameters)},
         }[what]
         if odd := expected ^ {*outputs}:
             yield f"has missing or extra outputs: {', '.join(sorted(odd)[:_MOST_TOLD])}"

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedra_edge.errors import SliceError
+from fedra_edge.protocol.graphs import HIDDEN, INPUTS, LORA_SCALE
 from fedra_edge.protocol.layers import HEAD, STEM, TensorKey
 from fedra_edge.protocol.models import GraphName
 from fedra_edge.protocol.tensors import FloatArray, TensorInfo, map_tensor, read_header
-from fedra_edge.training.onnx_interface import HIDDEN, INPUTS, LORA_SCALE
 from fedra_edge.training.onnx_sessions import Arrays, Graph, Graphs
 from fedra_edge.training.prefetching import prefetch
 from fedra_edge.training.trainer import PieceFile

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import onnxruntime
+from typing_extensions import override
 
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.errors import SliceError
 from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.models import ModelSpec
-from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.allocator import return_freed_memory
 from fedra_edge.training.calibrating import measure_block
-from fedra_edge.training.forward_walk import ForwardWalk
 from fedra_edge.training.local_training import train_slice
 from fedra_edge.training.onnx_calibration import OnnxBlockProbe
 from fedra_edge.training.onnx_engine import OnnxEngine
@@ -23,19 +20,17 @@ from fedra_edge.training.onnx_sessions import Graphs, SessionCache
 from fedra_edge.training.onnx_walk import Entering
 from fedra_edge.training.trainer import (
     BlockCost,
-    EvaluationCounts,
     GraphFiles,
-    InputArray,
-    ShouldStop,
     SliceWork,
     Surroundings,
     TrainedSlice,
     UsableMemory,
     WholeModel,
 )
+from fedra_edge.training.walking import WalkingTrainer
 
 
-class OnnxTrainer:
+class OnnxTrainer(WalkingTrainer[Entering]):
     """Implements ``Trainer`` for models that come with graphs.
 
     Args:
@@ -74,44 +69,14 @@ class OnnxTrainer:
         engine = OnnxEngine(work, graphs)
         return train_slice(engine, work, data, surroundings)
 
-    def evaluate(
-        self,
-        model: WholeModel,
-        data: MatchedDataset,
-        should_stop: ShouldStop,
-        usable_memory: UsableMemory,
-    ) -> EvaluationCounts:
-        """Count right answers on the held-out examples, with one block in memory at a time.
+    @override
+    def forward_engine(self, model: WholeModel) -> OnnxForward:
+        """Open the graphs that the model comes with.
 
         Raises:
-            TrainingInterrupted: ``should_stop`` said so.
-            SliceError: The pieces do not fit the model.
-            MemoryShortError: Memory does not even suffice for one example.
+            SliceError: It comes with none, or they are not its own.
         """
-        return self._walk(model, should_stop, usable_memory).count(data)
-
-    def predict(
-        self,
-        model: WholeModel,
-        inputs: Iterable[InputArray],
-        should_stop: ShouldStop,
-        usable_memory: UsableMemory,
-    ) -> Iterator[FloatArray]:
-        """Yield every label's probability for each input in order, with one block in memory.
-
-        Raises:
-            TrainingInterrupted: ``should_stop`` said so.
-            SliceError: The pieces do not fit the model.
-            MemoryShortError: Memory does not even suffice for one example.
-        """
-        return self._walk(model, should_stop, usable_memory).probabilities(inputs)
-
-    def _walk(
-        self, model: WholeModel, should_stop: ShouldStop, usable_memory: UsableMemory
-    ) -> ForwardWalk[Entering]:
-        graphs = self._opened(model.graphs, model.spec, model.adapter.targets)
-        engine = OnnxForward(model, graphs)
-        return ForwardWalk(engine, model.spec, should_stop, usable_memory)
+        return OnnxForward(model, self._opened(model.graphs, model.spec, model.adapter.targets))
 
     def _opened(
         self, graphs: GraphFiles | None, spec: ModelSpec, targets: tuple[str, ...]

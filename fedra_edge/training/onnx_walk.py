@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
 from fedra_edge.errors import SliceError
+from fedra_edge.protocol.graphs import GRADIENT, GRADIENT_SUFFIX, HIDDEN, INPUTS, LOGITS, OUT
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.cross_entropy import cross_entropy_pull
 from fedra_edge.training.engine import LabelIds
-from fedra_edge.training.onnx_interface import GRAD, GRADIENT, HIDDEN, INPUTS, LOGITS, OUT
 from fedra_edge.training.onnx_pieces import PieceFeeds
 from fedra_edge.training.onnx_sessions import Arrays, Graphs
 from fedra_edge.training.trainer import InputArray, PieceFile, SliceWork
@@ -136,7 +136,7 @@ class OnnxSlice:
         loss, gradient = cross_entropy_pull(logits, label_ids, num_examples)
         pulled = self._graphs["head_vjp"]
         found = pulled.run(pulled.outputs, self._head, given, {GRADIENT: gradient}, context)
-        below: FloatArray = found.pop(HIDDEN + GRAD)
+        below: FloatArray = found.pop(HIDDEN + GRADIENT_SUFFIX)
         self._add(HEAD, found)
         return loss, below
 
@@ -169,7 +169,7 @@ class OnnxSlice:
         Frozen layers need none of the former, the lowest one not the latter: its gradient is
         given back as it came.
         """
-        below = HIDDEN + GRAD
+        below = HIDDEN + GRADIENT_SUFFIX
         piece = layer_piece(layer_id)
         wanted = [
             name
@@ -202,4 +202,4 @@ class OnnxSlice:
 
 
 def _global_name(piece: str, output: str) -> str:
-    return str(TensorKey(piece, output.removesuffix(GRAD)))
+    return str(TensorKey(piece, output.removesuffix(GRADIENT_SUFFIX)))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
+from typing_extensions import override
 
 from fedra_edge.data.matching import MatchedDataset
 from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.models import ModelSpec
-from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.allocator import return_freed_memory, set_small_objects_apart
 from fedra_edge.training.calibrating import measure_block
-from fedra_edge.training.forward_walk import ForwardWalk
 from fedra_edge.training.local_training import train_slice
 from fedra_edge.training.torch_calibration import TorchBlockProbe, warm_up
 from fedra_edge.training.torch_engine import TorchEngine
@@ -20,19 +17,17 @@ from fedra_edge.training.torch_forward import TorchForward
 from fedra_edge.training.torch_slice import Entering
 from fedra_edge.training.trainer import (
     BlockCost,
-    EvaluationCounts,
     GraphFiles,
-    InputArray,
-    ShouldStop,
     SliceWork,
     Surroundings,
     TrainedSlice,
     UsableMemory,
     WholeModel,
 )
+from fedra_edge.training.walking import WalkingTrainer
 
 
-class TorchTrainer:
+class TorchTrainer(WalkingTrainer[Entering]):
     """Implements ``Trainer``; takes the GPU when there is one."""
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -71,40 +66,7 @@ class TorchTrainer:
         finally:
             return_freed_memory()
 
-    def evaluate(
-        self,
-        model: WholeModel,
-        data: MatchedDataset,
-        should_stop: ShouldStop,
-        usable_memory: UsableMemory,
-    ) -> EvaluationCounts:
-        """Count right answers on the held-out examples, with one block in memory at a time.
-
-        Raises:
-            TrainingInterrupted: ``should_stop`` said so.
-            SliceError: The pieces do not fit the model.
-            MemoryShortError: Memory does not even suffice for one example.
-        """
-        return self._walk(model, should_stop, usable_memory).count(data)
-
-    def predict(
-        self,
-        model: WholeModel,
-        inputs: Iterable[InputArray],
-        should_stop: ShouldStop,
-        usable_memory: UsableMemory,
-    ) -> Iterator[FloatArray]:
-        """Yield every label's probability for each input in order, with one block in memory.
-
-        Raises:
-            TrainingInterrupted: ``should_stop`` said so.
-            SliceError: The pieces do not fit the model.
-            MemoryShortError: Memory does not even suffice for one example.
-        """
-        return self._walk(model, should_stop, usable_memory).probabilities(inputs)
-
-    def _walk(
-        self, model: WholeModel, should_stop: ShouldStop, usable_memory: UsableMemory
-    ) -> ForwardWalk[Entering]:
-        engine = TorchForward(model, self._device)
-        return ForwardWalk(engine, model.spec, should_stop, usable_memory)
+    @override
+    def forward_engine(self, model: WholeModel) -> TorchForward:
+        """Make the model ready on this trainer's device."""
+        return TorchForward(model, self._device)

@@ -73,6 +73,15 @@ def test_a_resting_client_that_is_stopped_says_goodbye(
     assert site.complaints() == ""
 
 
+def test_a_resting_client_can_be_stopped_when_the_server_is_gone(
+    federation: Federation, site: EdgeSite
+) -> None:
+    wait_for_rest(site)
+    federation.server.kill()
+    assert site.client.ask_to_stop() == 0
+    assert site.complaints() == ""
+
+
 def test_the_home_of_a_resting_client_is_taken(site: EdgeSite) -> None:
     wait_for_rest(site)
     second = EdgeSite(

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from onnx import AttributeProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
+from fedra_edge.protocol.graphs import GRADIENT
 from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.gradients.moves import MOVING
 from fedra_server.modelbook.gradients.rules import ELEMENTWISE, MULTIPLYING
 from fedra_server.modelbook.gradients.tape import Tape
 
-GRADIENT = "gradient"
 RULES = {**ELEMENTWISE, **MOVING}
 _MIN_OPSET = 18
 _SUBGRAPHS = {AttributeProto.GRAPH, AttributeProto.GRAPHS}

@@ -8,10 +8,10 @@ from typing import Final, NamedTuple
 import onnx
 from onnx import TensorProto, helper
 
+from fedra_edge.protocol.graphs import LORA_SCALE
 from fedra_edge.protocol.layers import LORA_A, LORA_B
 from fedra_server.errors import ConfigurationError
 
-LORA_SCALE: Final = "lora_scale"
 RANK: Final = "r"
 _MARK: Final = "lora/"
 _REMEDY: Final = "Choose other targets: linear layers of a block, by the names of their weights."

@@ -10,8 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from fedra_edge.protocol.graphs import GRADIENT
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.gradients.vjp import GRADIENT
 from fedra_server.modelbook.graphs.parts import BATCH, TOKENS
 from fedra_server.modelbook.graphs.running import run_graph
 

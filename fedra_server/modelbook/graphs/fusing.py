@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from fedra_edge.protocol.graphs import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.models import AdapterSpec, BlobRef, ImageInput, ModelSpec, PieceGraphs
 from fedra_edge.protocol.slices import RevisionManifest
@@ -26,7 +27,6 @@ from fedra_edge.protocol.tensors import (
     read_tensors,
 )
 from fedra_server.modelbook.graphs.adapters import is_stored_out_first, remove_adapters
-from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_server.storage.blobs import BlobStore
 
 MOST_INSIDE_BYTES: Final = 2**31 - 2**24

@@ -13,12 +13,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from fedra_edge.protocol.graphs import HIDDEN, LOGITS, OUT
 from fedra_edge.protocol.llama import LlamaSettings
 from fedra_server.modelbook.graphs.parts import (
     BATCH,
-    HIDDEN,
-    LOGITS,
-    OUT,
     TOKENS,
     activation,
     hidden_input,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import onnx
 from pydantic import ValidationError
 
-from fedra_edge.protocol.graph_operators import OPERATORS
+from fedra_edge.protocol.graphs import GRADIENT_SUFFIX, HIDDEN, LOGITS, OPERATORS, OUT
 from fedra_edge.protocol.layers import LORA_A, LORA_B
 from fedra_edge.protocol.llama import LlamaSettings
 from fedra_edge.protocol.models import PieceGraphs
@@ -18,11 +18,8 @@ from fedra_server.errors import ConfigurationError
 from fedra_server.modelbook.gradients.vjp import vjp_graph
 from fedra_server.modelbook.graphs.adapters import place_adapters
 from fedra_server.modelbook.graphs.llama import llama_block, llama_head, llama_stem
-from fedra_server.modelbook.graphs.parts import HIDDEN, LOGITS, OUT
 from fedra_server.modelbook.graphs.vit import vit_block, vit_head, vit_stem
 from fedra_server.storage.blobs import BlobStore
-
-GRADIENT_SUFFIX: Final = "_grad"
 
 
 @dataclass(frozen=True)
@@ -76,17 +73,19 @@ def finish_graphs(
     """Place adapters and derive the gradients.
 
     Raises:
-        ConfigurationError: A target is no linear layer, or an operator has no known gradient.
+        ConfigurationError: A target is no linear layer, an operator has no known gradient, or
+            no client computes it.
     """
     block, block_vjp = adapt_block(forward.block, targets)
-    head_gradients = gradient_names((HIDDEN, *head_parameters))
+    head_vjp = vjp_graph(forward.head, LOGITS, gradient_names((HIDDEN, *head_parameters)))
+    _check_operators(forward.stem, forward.head, head_vjp)
     return FinishedGraphs(
         targets=tuple(targets),
         stem=forward.stem,
         block=block,
         block_vjp=block_vjp,
         head=forward.head,
-        head_vjp=vjp_graph(forward.head, LOGITS, head_gradients),
+        head_vjp=head_vjp,
     )
 
 
@@ -94,11 +93,8 @@ def store_graphs(graphs: FinishedGraphs, blobs: BlobStore) -> PieceGraphs:
     """Put the graphs into the blob store; the same graphs always are the same bytes.
 
     Raises:
-        ConfigurationError: A graph uses an operator that no client computes.
         StorageError: The blob store refused one.
     """
-    for graph in (graphs.stem, graphs.block, graphs.block_vjp, graphs.head, graphs.head_vjp):
-        _check_operators(graph)
     return PieceGraphs(
         targets=graphs.targets,
         stem=blobs.put_bytes(pack_graph(graphs.stem)),
@@ -109,28 +105,13 @@ def store_graphs(graphs: FinishedGraphs, blobs: BlobStore) -> PieceGraphs:
     )
 
 
-def _check_operators(graph: onnx.ModelProto) -> None:
-    odd = sorted({node.op_type for node in graph.graph.node} - OPERATORS)
+def _check_operators(*graphs: onnx.ModelProto) -> None:
+    odd = sorted({node.op_type for graph in graphs for node in graph.graph.node} - OPERATORS)
     if odd:
         raise ConfigurationError(
             f"no client computes the operator {odd[0]}",
             remedy="Export the model without it.",
         )
-
-
-def build_graphs(
-    forward: ForwardGraphs,
-    targets: Sequence[str],
-    head_parameters: Sequence[str],
-    blobs: BlobStore,
-) -> PieceGraphs:
-    """Make all graphs of a model and put them into the blob store.
-
-    Raises:
-        ConfigurationError: A target is no linear layer, or an operator has no known gradient.
-        StorageError: The blob store refused one.
-    """
-    return store_graphs(finish_graphs(forward, targets, head_parameters), blobs)
 
 
 def adapt_block(
@@ -139,10 +120,13 @@ def adapt_block(
     """Give a layer's graph with adapters, and the graph of its gradients.
 
     Raises:
-        ConfigurationError: A target is no linear layer, or an operator has no known gradient.
+        ConfigurationError: A target is no linear layer, an operator has no known gradient, or
+            no client computes it.
     """
     adapted = place_adapters(block, targets)
-    return adapted, vjp_graph(adapted, OUT, block_gradients(targets))
+    vjp = vjp_graph(adapted, OUT, block_gradients(targets))
+    _check_operators(adapted, vjp)
+    return adapted, vjp
 
 
 def block_gradients(targets: Sequence[str]) -> dict[str, str]:

@@ -7,16 +7,13 @@ from typing import Final
 
 from onnx import TensorProto
 
+from fedra_edge.protocol.graphs import HIDDEN, INPUTS
 from fedra_edge.protocol.vit import Activation
 from fedra_server.modelbook.graphs.writing import Dim, GraphWriter
 
 BATCH: Final = "n"
 TOKENS: Final = "t"
-HIDDEN: Final = "hidden"
-OUT: Final = "out"
-LOGITS: Final = "logits"
-INPUTS: Final = "inputs"
-"""Names of the wire contract: the symbolic sizes, inputs and outputs of graphs."""
+"""The names of open sizes: examples, and the tokens of a text."""
 
 _TANH_GELU_CUBE: Final = 0.044715
 

@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedra_edge.protocol.families import Family
+from fedra_edge.protocol.graphs import (
+    GRADIENT,
+    GRADIENT_SUFFIX,
+    HIDDEN,
+    INPUTS,
+    LOGITS,
+    LORA_SCALE,
+    OUT,
+)
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, TensorKey, layer_piece
 from fedra_edge.protocol.models import ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.gradients.vjp import GRADIENT
-from fedra_server.modelbook.graphs.adapters import LORA_SCALE
-from fedra_server.modelbook.graphs.making import GRADIENT_SUFFIX, FinishedGraphs
-from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
+from fedra_server.modelbook.graphs.making import FinishedGraphs
 from fedra_server.modelbook.graphs.running import run_graph
 from fedra_server.modelbook.splitting import Arrays
 

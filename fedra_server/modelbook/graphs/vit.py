@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import onnx
 
+from fedra_edge.protocol.graphs import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_edge.protocol.vit import VitSettings
-from fedra_server.modelbook.graphs.parts import (
-    BATCH,
-    HIDDEN,
-    INPUTS,
-    LOGITS,
-    OUT,
-    activation,
-    hidden_input,
-    layer_norm,
-    linear,
-)
+from fedra_server.modelbook.graphs.parts import BATCH, activation, hidden_input, layer_norm, linear
 from fedra_server.modelbook.graphs.writing import GraphWriter
 
 

@@ -10,8 +10,8 @@ from typing import Final
 
 import onnx
 
+from fedra_edge.protocol.graphs import INPUTS
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.graphs.parts import INPUTS
 from fedra_server.modelbook.importing.naming import named_by_index
 from fedra_server.modelbook.importing.probing import Extent, Probes, kinds_of
 from fedra_server.modelbook.importing.reading import FlatGraph

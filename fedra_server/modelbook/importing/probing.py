@@ -11,9 +11,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from fedra_edge.protocol.graphs import INPUTS
 from fedra_edge.protocol.models import ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.graphs.parts import BATCH, INPUTS, TOKENS
+from fedra_server.modelbook.graphs.parts import BATCH, TOKENS
 from fedra_server.modelbook.graphs.running import run_graph
 from fedra_server.modelbook.graphs.writing import IR_VERSION, OPSET, Dim
 from fedra_server.modelbook.importing.reading import Array, FlatGraph

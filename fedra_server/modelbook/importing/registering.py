@@ -11,12 +11,12 @@ import onnx
 from pydantic import ValidationError
 
 from fedra_edge.protocol.families import ONNX_FAMILY
+from fedra_edge.protocol.graphs import HIDDEN, INPUTS, LOGITS, LORA_SCALE, OUT
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, STEM, layer_piece
 from fedra_edge.protocol.models import ModelInput, ModelSpec, Piece, TokenInput
 from fedra_edge.protocol.tensors import serialize_tensors
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.graphs.adapters import LORA_SCALE
 from fedra_server.modelbook.graphs.differences import check_by_differences
 from fedra_server.modelbook.graphs.making import (
     FinishedGraphs,
@@ -25,7 +25,6 @@ from fedra_server.modelbook.graphs.making import (
     gradient_names,
     store_graphs,
 )
-from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_server.modelbook.graphs.running import run_graph
 from fedra_server.modelbook.importing.costing import piece_cost
 from fedra_server.modelbook.importing.cutting import Region

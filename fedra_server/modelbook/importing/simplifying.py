@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from fedra_edge.protocol.graphs import INPUTS
 from fedra_edge.protocol.models import ModelInput, TokenInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.graphs.parts import INPUTS
 from fedra_server.modelbook.importing.probing import Extent, Probes, probe
 from fedra_server.modelbook.importing.reading import (
     Array,

@@ -10,13 +10,12 @@ from typing import Final
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from fedra_edge.protocol.graphs import GRADIENT, HIDDEN, INPUTS, LOGITS, LORA_SCALE, OUT
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
 from fedra_edge.protocol.models import ModelInput
 from fedra_server.errors import ConfigurationError
-from fedra_server.modelbook.graphs.adapters import LORA_SCALE
 from fedra_server.modelbook.graphs.making import ForwardGraphs
-from fedra_server.modelbook.graphs.parts import HIDDEN, INPUTS, LOGITS, OUT
 from fedra_server.modelbook.graphs.writing import IR_VERSION, OPSET
 from fedra_server.modelbook.importing.cutting import PRODUCTS, Region, Tracer, find_chain, tracer_of
 from fedra_server.modelbook.importing.naming import WEIGHT, Use, name_weights
@@ -25,7 +24,7 @@ from fedra_server.modelbook.importing.reading import Array, FlatGraph, attribute
 from fedra_server.modelbook.importing.simplifying import NUM_EXAMPLES, NUM_TOKENS, simplify
 
 Arrays = dict[str, Array]
-_RESERVED: Final = frozenset({HIDDEN, INPUTS, OUT, LOGITS, LORA_SCALE, "gradient"})
+_RESERVED: Final = frozenset({HIDDEN, INPUTS, OUT, LOGITS, LORA_SCALE, GRADIENT})
 _CONTEXT: Final = "context_"
 
 
