@@ -18,8 +18,11 @@ _GROWTH_BYTES: Final[Mapping[Backend, int]] = {"torch": 6 * 10**6, "onnx": 3 * 1
 _MARGIN: Final[Mapping[Backend, float]] = {"torch": 1.02, "onnx": 1.01}
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
-_HEAP_GAPS: Final = 1.1
-"""What a resident slice's heap holds for each byte that lives in it (``training/allocator.py``)."""
+_HEAP_GAPS: Final[Mapping[Residency, float]] = {"resident": 1.1, "streamed": 1.45}
+"""What PyTorch's heap holds for each byte that lives in it (``training/allocator.py``).
+
+A streamed slice has the larger share of gaps, because every block leaves its own behind.
+"""
 
 _STREAMED_MICRO_BATCH: Final = 8
 """Streaming gains nothing from larger micro-batches: a block's weights serve a whole walk batch."""
@@ -94,7 +97,9 @@ class Footprint:
             frozen = shape.backward - shape.trained
             kept = (shape.trained - 1) * (memory.kept_bytes + extra)
             kept += frozen * memory.kept_frozen_bytes + shape.backward * boundary
-            working = int(_HEAP_GAPS * (working + plan.micro_batch * kept))
+            working += plan.micro_batch * kept
+        if self.backend == "torch":
+            working = int(_HEAP_GAPS[plan.residency] * working)
         idle = memory.idle_bytes + _GROWTH_BYTES[self.backend]
         parts = idle + weights + walking + working + self._adapter_bytes()
         return int(_MARGIN[self.backend] * parts)

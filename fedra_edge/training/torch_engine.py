@@ -10,7 +10,7 @@ from torch import nn
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import TokenInput
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_edge.training.allocator import keep_freed_memory, return_freed_memory
+from fedra_edge.training.allocator import keep_freed_memory, trim_heap
 from fedra_edge.training.engine import LabelIds
 from fedra_edge.training.torch_optimizers import build_optimizer
 from fedra_edge.training.torch_slice import (
@@ -42,6 +42,7 @@ class TorchEngine:
     def load(self, plan: MemoryPlan) -> None:
         """Make the slice ready as planned, once what was loaded is gone."""
         self._loaded = None
+        trim_heap()
         self._loaded = load_slice(self._work, plan, self._parameters, self._device)
 
     def enter(self, inputs: Iterable[InputArray]) -> list[Entering]:
@@ -97,8 +98,7 @@ def load_slice(
     Raises:
         SliceError: The pieces do not fit the model.
     """
+    keep_freed_memory()
     if plan.residency == "resident":
-        keep_freed_memory()
         return ResidentSlice(work, parameters, device)
-    return_freed_memory()
     return StreamedSlice(work, parameters, device)
