@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedra_edge import transfers
 from fedra_edge.errors import UnexpectedAnswerError
+from fedra_edge.metering import OnBytes, OpenMeter, unmetered, unwatched
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.devices import Calibration
@@ -29,7 +30,7 @@ from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.rounds import Assignment, Evaluation
 from fedra_edge.protocol.wire import WireModel
 from fedra_edge.retrying import FOR_EVER, ONCE, Retrier, RetryPolicy
-from fedra_edge.transport import READ_S, Request, Transport, json_request
+from fedra_edge.transport import Request, Transport, json_request
 
 _ASSIGNMENT: Final[TypeAdapter[Assignment]] = TypeAdapter(Assignment)
 _MAX_DETAIL: Final = 4000
@@ -41,15 +42,20 @@ class ServerApi:
     """The server, as this client sees it.
 
     Every method may raise what ``Transport`` raises. An unreachable server is tried again as
-    ``policy`` says, but heartbeats and farewells are sent once.
+    ``policy`` says, but heartbeats and farewells are sent once. ``meter`` watches deltas go out.
     """
 
     def __init__(
-        self, transport: Transport, retrier: Retrier, policy: RetryPolicy = FOR_EVER
+        self,
+        transport: Transport,
+        retrier: Retrier,
+        policy: RetryPolicy = FOR_EVER,
+        meter: OpenMeter = unmetered,
     ) -> None:
         self._transport = transport
         self._retrier = retrier
         self._policy = policy
+        self._meter = meter
 
     def health(self) -> Health:
         """Ask whether the server can serve."""
@@ -72,7 +78,7 @@ class ServerApi:
         self._tell(routes.LEAVE)
 
     def offline(self) -> None:
-        """Say that this client goes away for now; its open assignment is given up."""
+        """Say that this client goes away for now; nobody waits for its open assignment."""
         self._tell(routes.OFFLINE, policy=ONCE)
 
     def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatReceipt:
@@ -111,9 +117,11 @@ class ServerApi:
         """Tell the counts of this client on a revision; repeating it changes nothing."""
         self._tell(routes.EVALUATION, body=evaluation)
 
-    def download_blob(self, ref: BlobRef, part: Path) -> None:
-        """Bring a blob into ``part``, going on behind the bytes that are there already."""
-        self._retrier.run(lambda: transfers.download(self._transport, ref, part), self._policy)
+    def download_blob(self, ref: BlobRef, part: Path, on_bytes: OnBytes = unwatched) -> str:
+        """Bring a blob into ``part``, going on behind what is there already; give the digest."""
+        request = Request(routes.BLOB, routes.BLOB.fill(sha256=ref.sha256))
+        download = transfers.Download(self._transport, request, part, ref.size_bytes, on_bytes)
+        return self._retrier.run(download.complete, self._policy)
 
     def upload_offset(self, upload_id: UploadId) -> int:
         """Ask how many bytes of an upload the server holds."""
@@ -125,13 +133,12 @@ class ServerApi:
         self, manifest: DeltaManifest, file: Path, policy: RetryPolicy | None = None
     ) -> DeltaReceipt:
         """Bring a delta to the server, going on where an earlier attempt stopped."""
-        return self._retrier.run(
-            lambda: transfers.upload(self._transport, manifest, file), policy or self._policy
-        )
+        upload = transfers.Upload(self._transport, manifest, file, self._meter(manifest.size_bytes))
+        return self._retrier.run(upload.complete, policy or self._policy)
 
     def _poll(self, wait_s: float) -> Assignment:
         route = routes.ASSIGNMENT
-        request = Request(route, route.path, query={"wait_s": wait_s}, read_s=wait_s + READ_S)
+        request = Request(route, route.path, query={"wait_s": wait_s}, wait_s=wait_s)
         content = self._transport.send(request).content
         try:
             return _ASSIGNMENT.validate_json(content)

@@ -72,6 +72,10 @@ def join(
     max_layers: MaxLayers = None,
     backend: Backend = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads to train with.")] = None,
+    mirror: options.Mirror = None,
+    max_bandwidth: options.MaxBandwidth = None,
+    proxy: options.Proxy = None,
+    ca_file: options.CaFile = None,
     as_json: Json = False,
     verbose: Verbose = False,
     contributed: Annotated[int, typer.Option(CONTRIBUTED, min=0, hidden=True)] = 0,
@@ -99,6 +103,10 @@ def join(
                 "max_layers": max_layers,
                 "backend": backend,
                 "threads": threads,
+                "mirrors": mirror or None,
+                "max_bandwidth": max_bandwidth,
+                "proxy": proxy,
+                "ca_file": ca_file,
             }
         )
         arguments: list[str] | None = context.obj
@@ -125,6 +133,8 @@ def profile(
     optimizer: options.Optimizer = None,
     depth: options.Depth = None,
     deadline: options.Deadline = None,
+    proxy: options.Proxy = None,
+    ca_file: options.CaFile = None,
     as_json: Json = False,
 ) -> None:
     """Show what this machine would tell a server, and with --server whether it answers.
@@ -145,17 +155,24 @@ def profile(
             output.note("measuring this machine, and a block of the model on it")
             values = asdict(measure_promise(model, chosen, config))
         if server is not None:
-            with _connected(load_config({**site, "server": server}), None) as api:
+            way = {"server": server, "proxy": proxy, "ca_file": ca_file}
+            with _connected(load_config({**site, **way}), None) as api:
                 values["server"] = api.health().model_dump()
         output.show(values)
 
 
 @app.command(epilog=_epilog("status --json"))
-def status(server: Server = None, home: Home = None, as_json: Json = False) -> None:
+def status(
+    server: Server = None,
+    home: Home = None,
+    proxy: options.Proxy = None,
+    ca_file: options.CaFile = None,
+    as_json: Json = False,
+) -> None:
     """Show what the server knows of this client, and what waits to be sent."""
     output = Output(as_json=as_json)
     with _reported(output):
-        config, identity = _membership(server, home)
+        config, identity = _membership(server, home, proxy=proxy, ca_file=ca_file)
         with _connected(config, identity) as api:
             known = api.client_status()
         local = {"deltas_waiting": Outbox(config.outbox).num_waiting, "home": str(config.home)}
@@ -169,12 +186,14 @@ def leave(
     forget: Annotated[
         bool, typer.Option(help="Drop the identity even when the server does not answer.")
     ] = False,
+    proxy: options.Proxy = None,
+    ca_file: options.CaFile = None,
     as_json: Json = False,
 ) -> None:
     """Give up the membership and delete this client's identity."""
     output = Output(as_json=as_json)
     with _reported(output):
-        config, identity = _membership(server, home)
+        config, identity = _membership(server, home, proxy=proxy, ca_file=ca_file)
         with home_lock(config.home):
             was_told = _tell_leaving(config, identity, must_be_told=not forget)
             IdentityFile(config.membership, config.server).forget()
@@ -293,7 +312,9 @@ def main() -> None:
     app(obj=sys.argv[1:] if CAN_REST else None)
 
 
-def _membership(server: str | None, home: Path | None) -> tuple[EdgeConfig, Identity]:
+def _membership(
+    server: str | None, home: Path | None, **way: object
+) -> tuple[EdgeConfig, Identity]:
     """Find the identity meant: on the server given, else on the only one there is."""
     servers = known_servers(load_site_config({"home": home}).home)
     if server is None and len(servers) == 1:
@@ -304,7 +325,7 @@ def _membership(server: str | None, home: Path | None) -> tuple[EdgeConfig, Iden
         )
     if server is None:
         raise _not_enrolled(f"the home {home or 'of this user'}")
-    config = load_config({"server": server, "home": home})
+    config = load_config({"server": server, "home": home, **way})
     identity = IdentityFile(config.membership, config.server).load()
     if identity is None:
         raise _not_enrolled(config.server)
@@ -332,7 +353,7 @@ def _tell_leaving(config: EdgeConfig, identity: Identity, *, must_be_told: bool)
 
 @contextlib.contextmanager
 def _connected(config: EdgeConfig, identity: Identity | None) -> Iterator[ServerApi]:
-    transport = Transport(open_http_client(config.server))
+    transport = Transport(open_http_client(config.server, config.link), config.link)
     if identity is not None:
         transport.authenticate(identity.credential)
     try:

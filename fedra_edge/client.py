@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Final, Literal, Self, TypedDict, Unpack
 import httpx
 
 from fedra_edge.api import ServerApi
+from fedra_edge.batching import begin_together
 from fedra_edge.config import EdgeConfig, SiteConfig, load_config
 from fedra_edge.control import Control
 from fedra_edge.data.dataset import LocalDataset
@@ -21,6 +23,8 @@ from fedra_edge.errors import ConfigurationError, FedraEdgeError, ServerUnreacha
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import IdentityFile
 from fedra_edge.layer_cache import LayerCache
+from fedra_edge.metering import BoardMeter
+from fedra_edge.mirrors import MirroredFetch, open_mirrors
 from fedra_edge.outbox import Outbox
 from fedra_edge.participation import Equipment
 from fedra_edge.profiling import measure_device
@@ -49,6 +53,10 @@ class EdgeOptions(TypedDict, total=False):
     disk_quota_bytes: int | str
     backend: Literal["auto", "torch", "onnx"]
     threads: int
+    max_bandwidth: int | str
+    mirrors: Sequence[str]
+    proxy: str
+    ca_file: Path | str
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class EdgeClient:
         config: The settings; ``join`` makes them from plain arguments.
         dataset: Local data of the program's own; without it ``config.data`` is opened.
         trainer: A trainer of the program's own; without it ``config.backend`` is loaded.
-        on_progress: Called with every change, from the client's thread; it should be quick.
+        on_progress: Called with every change, from a thread of the client's and by one at a time;
+            it should be quick.
         http: A connection pool of the program's own, with its base URL set to the server.
         resting: For the command line: how to rest instead of waiting for long.
     """
@@ -94,8 +103,10 @@ class EdgeClient:
         self._resting = resting
         self._rest: Rest | None = None
         self._board = ProgressBoard(on_progress, resting.contributed if resting else 0)
-        self._transport = Transport(http or open_http_client(config.server))
-        self._control = Control(on_stop=self._transport.interrupt)
+        link = config.link
+        self._transport = Transport(http or open_http_client(config.server, link), link)
+        self._mirrors = open_mirrors(config.mirrors, link, self._transport.bandwidth)
+        self._control = Control(on_stop=self._interrupt)
         self._thread = threading.Thread(target=self._run, name="fedra-edge")
         self._error: Exception | None = None
 
@@ -121,7 +132,8 @@ class EdgeClient:
     def stop(self, timeout_s: float = STOP_S) -> bool:
         """End at the next training step and tell the server; true when it ended in time."""
         self._control.stop()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        is_ours = self._thread is threading.current_thread() or self._board.is_telling
+        if self._thread.ident is not None and not is_ours:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -180,6 +192,8 @@ class EdgeClient:
             self._end(session)
         finally:
             self._transport.close()
+            for _, mirror in self._mirrors:
+                mirror.close()
 
     def _end(self, session: Session) -> None:
         if self._resting is None or not session.is_resting:
@@ -193,6 +207,7 @@ class EdgeClient:
             membership=config.membership,
             poll_s=config.poll_s,
             caps=config.caps,
+            link=config.link,
             contributed=self._board.current.rounds_contributed,
             command=self._resting.command,
         )
@@ -203,13 +218,17 @@ class EdgeClient:
 
     def _build_session(self) -> Session:
         config = self._config
-        api = ServerApi(self._transport, Retrier(self._control.stopping, self._on_retry))
+        meter = partial(BoardMeter, self._board)
+        retrier = Retrier(self._control.stopping, self._on_retry)
+        api = ServerApi(self._transport, retrier, meter=meter)
         dataset = self._dataset
         if dataset is None:
             dataset = open_dataset(config.data or Path())
         self._board.update(detail="loading the training runtime")
         trainer = self._trainer or load_configured_trainer(config)
-        cache = LayerCache(config.blobs, config.disk_quota_bytes, api.download_blob)
+        fetch = MirroredFetch(self._mirrors, api.download_blob)
+        begin = None if self._mirrors else partial(begin_together, self._transport)
+        cache = LayerCache(config.blobs, config.disk_quota_bytes, fetch, meter, begin)
         equipment = Equipment(
             config=config,
             control=self._control,
@@ -230,6 +249,11 @@ class EdgeClient:
         )
         identity_file = IdentityFile(config.membership, config.server)
         return Session(equipment, identity_file, measure, may_rest=self._resting is not None)
+
+    def _interrupt(self) -> None:
+        self._transport.interrupt()
+        for _, mirror in self._mirrors:
+            mirror.interrupt()
 
     def _on_retry(self, error: ServerUnreachableError, wait_s: float) -> None:
         remedy = remedy_of(error)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fedra_edge.errors import ConfigurationError
+from fedra_edge.link import IDLE_S, Link
 from fedra_edge.profiling import SiteCaps
 from fedra_edge.protocol.messages import RunName, SiteName
 from fedra_edge.protocol.routes import MAX_POLL_S
@@ -28,8 +29,12 @@ _UNITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+(:\d+)?/?")
 _OPTIONS: Final = frozenset(
-    {"server", "data", "name", "run", "home", "max_layers", "backend", "threads"}
-)
+    {
+        "server", "data", "name", "run", "home", "max_layers", "backend", "threads",
+        "max_bandwidth", "proxy", "ca_file",
+    }
+)  # fmt: skip
+_SHORTER: Final = {"memory_bytes": "--memory", "mirrors": "--mirror"}
 _NAME_RULE: Final = (
     "should be at most 64 letters, digits, dots, dashes and underscores, a letter or digit first"
 )
@@ -76,6 +81,22 @@ def _check_url(url: str) -> str:
     return url.strip().rstrip("/")
 
 
+def _check_proxy(url: SecretStr) -> SecretStr:
+    parts = urlsplit(url.get_secret_value())
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("this is no proxy address; write for example http://proxy.plant:3128")
+    return url
+
+
+def _split_mirrors(value: object) -> object:
+    """Read what a variable holds: places with commas between them."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_mirror(place: str) -> str:
+    return _check_url(place) if "://" in place else str(Path(place).expanduser())
+
+
 def _no_address(url: str) -> str:
     """Say what is missing; what may hold a password is not repeated."""
     shown = "this" if "@" in url else repr(url)
@@ -88,13 +109,20 @@ def _no_address(url: str) -> str:
 Config = TypeVar("Config", bound=BaseSettings)
 SizeBytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**50)]
 ServerUrl = Annotated[str, AfterValidator(_check_url)]
+MirrorPlace = Annotated[str, Field(min_length=1), AfterValidator(_check_mirror)]
+Mirrors = Annotated[tuple[MirrorPlace, ...], NoDecode, BeforeValidator(_split_mirrors)]
+Proxy = Annotated[SecretStr, AfterValidator(_check_proxy)]
+BytesPerSecond = Annotated[int, BeforeValidator(parse_size), Field(ge=1000, le=2**50)]
 
 
 class SiteConfig(BaseSettings):
     """What holds for a machine whatever the server; every field can be ``FEDRA_EDGE_<FIELD>``.
 
     ``memory_bytes`` caps what the whole process may occupy, ``max_layers`` the layers trained
-    in a round, ``disk_quota_bytes`` the cache of model weights below ``home``.
+    in a round, ``disk_quota_bytes`` the cache of model weights below ``home``, ``max_bandwidth``
+    the bytes a second that all transfers together may move. ``mirrors`` are directories and web
+    addresses where weights are looked for first. ``idle_timeout_s`` is how long a connection may
+    be without any progress before it is given up and another one is tried.
     """
 
     model_config = SettingsConfigDict(
@@ -107,6 +135,21 @@ class SiteConfig(BaseSettings):
     disk_quota_bytes: SizeBytes = 10 * 10**9
     backend: Literal["auto", "torch", "onnx"] = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_bandwidth: BytesPerSecond | None = None
+    mirrors: Mirrors = ()
+    proxy: Proxy | None = None
+    ca_file: Path | None = None
+    idle_timeout_s: Annotated[float, Field(ge=1, le=3600)] = IDLE_S
+
+    @property
+    def link(self) -> Link:
+        """The way to the server."""
+        return Link(
+            proxy=self.proxy.get_secret_value() if self.proxy else None,
+            ca_file=str(self.ca_file) if self.ca_file else None,
+            max_bytes_per_s=self.max_bandwidth,
+            idle_s=self.idle_timeout_s,
+        )
 
     @property
     def blobs(self) -> Path:
@@ -140,13 +183,18 @@ class EdgeConfig(SiteConfig):
 
     @property
     def membership(self) -> Path:
-        """What belongs to this server alone: identity and outbox."""
+        """What belongs to this server alone: identity, outbox and checkpoint."""
         return self.home / "servers" / _folder_name(self.server)
 
     @property
     def outbox(self) -> Path:
         """Where trained deltas wait until the server has them."""
         return self.membership / "outbox"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where a training is kept as it goes on."""
+        return self.membership / "checkpoints"
 
 
 def load_config(options: Mapping[str, object]) -> EdgeConfig:
@@ -198,8 +246,8 @@ def _explain(item: Mapping[str, object]) -> str:
 
 def _spelled(field: str) -> str:
     """Give the option that sets a field, or its variable when there is no such option."""
-    if field == "memory_bytes":
-        return "--memory"
+    if field.partition(".")[0] in _SHORTER:
+        return _SHORTER[field.partition(".")[0]]
     if field in _OPTIONS:
         return f"--{field.replace('_', '-')}"
     return f"FEDRA_EDGE_{field.upper()}"

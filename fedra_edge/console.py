@@ -110,7 +110,8 @@ class ProgressLines:
             last.round_number,
         )
         is_last_step = 0 < progress.steps_total == progress.steps_done
-        is_due = progress.phase is Phase.TRAINING and now - self._last_at >= _STEP_EVERY_S
+        is_steady = progress.phase is Phase.TRAINING or progress.transfer_bytes_total > 0
+        is_due = is_steady and now - self._last_at >= _STEP_EVERY_S
         if is_new or is_due or (progress.phase is Phase.TRAINING and is_last_step):
             self._last, self._last_at = progress, now
             self._write(progress)
@@ -125,6 +126,9 @@ def _sentence(progress: ClientProgress) -> str:
         parts.append(f"step {progress.steps_done}/{progress.steps_total}{loss}")
     elif progress.detail:
         parts.append(progress.detail)
+    if progress.transfer_bytes_total:
+        done, total = progress.transfer_bytes_done, progress.transfer_bytes_total
+        parts.append(f"{_size(done)} of {_size(total)}")
     return "  ".join(parts)
 
 

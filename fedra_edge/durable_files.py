@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from fedra_edge.errors import StorageError, StorageFullError
+from fedra_edge.protocol.wire import WireModel
 
+LOGGER: Final = logging.getLogger(__name__)
 _FULL: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 )
 _PRIVATE: Final = 0o600
+UNFINISHED: Final = ".new"
+"""How the name of a file ends that a process which was killed had not written to its end."""
+
 _REPLACE: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
 
 
@@ -43,13 +49,23 @@ def write_durably(path: Path, content: bytes) -> None:
         StorageError: The file cannot be written.
         StorageFullError: ... because no space is left.
     """
+    write_parts_durably(path, [content])
+
+
+def write_parts_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Do the same with content that comes in parts, of which one at a time is held.
+
+    Raises:
+        StorageError: The file cannot be written.
+        StorageFullError: ... because no space is left.
+    """
     with storage_errors(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.new")
+        fresh = path.with_name(f"{path.name}{UNFINISHED}")
         try:
             descriptor = os.open(fresh, _REPLACE, _PRIVATE)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(path)
@@ -69,6 +85,20 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class StateFile(WireModel):
+    """What every JSON file of a home says first; one of a later version is not understood."""
+
+    version: Literal[1] = 1
+
+
+def clear_place(path: Path, directory: Path) -> None:
+    """Move what is no file out of the way of one; it may be somebody's."""
+    with storage_errors(f"look at {path}"):
+        is_free = path.is_file() or not path.exists()
+    if not is_free:
+        LOGGER.warning("%s is no file and was moved to %s", path, set_aside(path, directory))
 
 
 def set_aside(path: Path, directory: Path) -> Path:

@@ -96,6 +96,10 @@ class UnexpectedAnswerError(ServerUnreachableError):
     """Something answered, but not as the protocol allows: a portal, a proxy, a wrong address."""
 
 
+class NotThereError(UnexpectedAnswerError):
+    """A web server that is no Fedra server does not have what was asked for."""
+
+
 class ServerRefusedError(FedraEdgeError):
     """The server says no."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from fedra_edge.durable_files import storage_errors
+from fedra_edge.durable_files import clear_place, storage_errors
 from fedra_edge.errors import ConfigurationError
 
 FILE_NAME: Final = "lock"
@@ -25,6 +25,7 @@ def home_lock(home: Path) -> Iterator[None]:
     """
     with storage_errors(f"use {home}"):
         home.mkdir(parents=True, exist_ok=True)
+        clear_place(home / FILE_NAME, home / "damaged")
         descriptor = os.open(home / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if not _take(descriptor):

@@ -10,16 +10,23 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from fedra_edge.durable_files import set_aside, storage_errors, write_durably
+from fedra_edge.durable_files import (
+    StateFile,
+    clear_place,
+    set_aside,
+    storage_errors,
+    write_durably,
+)
 from fedra_edge.errors import IdentityError, StorageError
 from fedra_edge.protocol.ids import ClientId
-from fedra_edge.protocol.wire import ShortText, Token, WireModel
+from fedra_edge.protocol.wire import ShortText, Token
 
 LOGGER: Final = logging.getLogger(__name__)
 FILE_NAME: Final = "identity.json"
+_DAMAGED: Final = "damaged"
 
 
-class _StoredIdentity(WireModel):
+class _StoredIdentity(StateFile):
     server: str
     client_id: Token
     credential: ShortText
@@ -53,11 +60,12 @@ class IdentityFile:
         """Read the identity; None when there is none.
 
         A file that cannot be understood is set aside with a warning, so that it never blocks
-        joining: the client enrols anew.
+        joining: the client enrols anew. So is anything else in its place.
 
         Raises:
             IdentityError: The file exists and may not be read.
         """
+        clear_place(self._path, self._path.parent / _DAMAGED)
         try:
             stored = _StoredIdentity.model_validate_json(self._path.read_bytes())
         except FileNotFoundError:
@@ -68,7 +76,7 @@ class IdentityFile:
                 remedy="run the client as the user that enrolled it, or choose another --home",
             ) from error
         except ValidationError:
-            self._set_aside("is damaged")
+            self._set_aside("is damaged or of a newer version")
             return None
         if stored.server != self._server:
             self._set_aside("belongs to another server")
@@ -95,5 +103,10 @@ class IdentityFile:
             self._path.unlink(missing_ok=True)
 
     def _set_aside(self, reason: str) -> None:
-        kept_at = set_aside(self._path, self._path.parent / "damaged")
-        LOGGER.warning("the identity file %s; kept as %s, enrolling anew", reason, kept_at)
+        kept_at = set_aside(self._path, self._path.parent / _DAMAGED)
+        LOGGER.warning(
+            "the identity file %s; kept as %s, enrolling anew; headquarters may disregard the "
+            "member that it stood for",
+            reason,
+            kept_at,
+        )

@@ -7,13 +7,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from fedra_edge.durable_files import set_aside, storage_errors, sync_directory
 from fedra_edge.errors import StorageFullError, UnexpectedAnswerError
+from fedra_edge.metering import OnBytes, OpenMeter, Tally, unmetered
 from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.models import BlobRef
 
@@ -22,6 +25,13 @@ _PART: Final = ".part"
 _FOREIGN: Final = "foreign"
 _MAX_DAMAGED: Final = 2
 _STAMP_STEP_NS: Final = 1000
+_CONNECTIONS: Final = 3
+_STACK_BYTES: Final = 2**20
+
+Fetch = Callable[[BlobRef, Path, OnBytes], str]
+"""Completes a file with a blob's bytes, from where it stands, and gives the file's sha256."""
+Begin = Callable[[Mapping[Path, BlobRef], OnBytes], None]
+"""Writes as much of these files as it can; whatever comes is taken up by the fetch of each."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +47,24 @@ class LayerCache:
     Args:
         directory: Where files live, as ``ab/abcd...``; sites may copy files in by hand.
         quota_bytes: The most that all files together may occupy.
-        fetch: Completes the given file with the blob's bytes, from where it stands.
+        fetch: Downloads a blob; several threads call it at the same time.
+        begin: Downloads what it can of all missing blobs before.
+        meter: Watches what is downloaded.
     """
 
     def __init__(
-        self, directory: Path, quota_bytes: int, fetch: Callable[[BlobRef, Path], None]
+        self,
+        directory: Path,
+        quota_bytes: int,
+        fetch: Fetch,
+        meter: OpenMeter = unmetered,
+        begin: Begin | None = None,
     ) -> None:
         self._directory = directory
         self._quota_bytes = quota_bytes
         self._fetch = fetch
+        self._meter = meter
+        self._begin = begin
         self._verified: set[str] = set()
         self._pinned: set[Path] = set()
         self._is_holding = False
@@ -60,13 +79,41 @@ class LayerCache:
             UnexpectedAnswerError: The server repeatedly sends other bytes than it names.
         """
         with self._lock:
+            self.fetch_all([ref])
             path = self._place(ref.sha256)
-            if not self._is_sound(path, ref):
-                self._download(path, ref)
             self._touch(path)
             if self._is_holding:
                 self._pinned.add(path)
             return path
+
+    def fetch_all(self, refs: Iterable[BlobRef]) -> None:
+        """Download what is missing, in this order, over a few connections at once.
+
+        Raises:
+            StorageFullError: Disk or quota cannot take all of them beside what is in use.
+            UnexpectedAnswerError: The server repeatedly sends other bytes than it names.
+        """
+        with self._lock:
+            wanted = {self._place(ref.sha256): ref for ref in refs}
+            missing = {path: ref for path, ref in wanted.items() if not self._is_sound(path, ref)}
+            if not missing:
+                return
+            for path in missing:
+                self._clear_the_way(path)
+            self._make_room(missing.values(), keep=wanted.keys() | self._pinned)
+            on_bytes = self._meter(sum(ref.size_bytes for ref in missing.values()))
+            if self._begin is not None:
+                begun = Tally(on_bytes)
+                self._begin({_part_of(path): ref for path, ref in missing.items()}, begun)
+                begun.take_back()  # each download counts what it finds
+            _run_each(
+                [partial(self._download, path, ref, on_bytes) for path, ref in missing.items()]
+            )
+
+    def fits(self, refs: Iterable[BlobRef]) -> bool:
+        """Tell whether all of these could be here at the same time."""
+        sizes = {ref.sha256: ref.size_bytes for ref in refs}
+        return sum(sizes.values()) <= self._quota_bytes
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -101,22 +148,24 @@ class LayerCache:
             path.unlink()
             return False
 
-    def _download(self, path: Path, ref: BlobRef) -> None:
-        part = path.with_name(path.name + _PART)
+    def _clear_the_way(self, path: Path) -> None:
         with storage_errors(f"create {path.parent}"):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._clear(path)
-        self._clear(part)
-        self._make_room(ref.size_bytes, part)
+        self._clear(_part_of(path))
+
+    def _download(self, path: Path, ref: BlobRef, on_bytes: OnBytes) -> None:
+        part = _part_of(path)
         for _ in range(_MAX_DAMAGED):
-            self._fetch(ref, part)
+            digest = self._fetch(ref, part, on_bytes)
             with storage_errors(f"keep {path}"):
-                if part.stat().st_size == ref.size_bytes and sha256_of_file(part) == ref.sha256:
+                if digest == ref.sha256:
                     part.replace(path)
                     sync_directory(path.parent)
                     self._verified.add(ref.sha256)
                     return
                 part.unlink()
+            on_bytes(-ref.size_bytes)
             LOGGER.warning("downloaded file %s has another digest", path.name[:12])
         raise UnexpectedAnswerError(
             f"the bytes received for {ref.sha256[:12]} are not the bytes it names",
@@ -131,14 +180,16 @@ class LayerCache:
             aside = set_aside(place, self._directory / _FOREIGN)
             LOGGER.warning("%s is no file and was moved to %s", place, aside)
 
-    def _make_room(self, needed_bytes: int, part: Path) -> None:
-        """Evict what was used least recently until so many more bytes fit the quota."""
-        others = [held for held in self._listing() if held.path != part]
+    def _make_room(self, refs: Collection[BlobRef], keep: Collection[Path]) -> None:
+        """Evict what was used least recently until these fit the quota beside what is kept."""
+        names = tuple(ref.sha256 for ref in refs)
+        others = [held for held in self._listing() if not held.path.name.startswith(names)]
+        needed_bytes = sum(ref.size_bytes for ref in refs)
         excess_bytes = sum(held.size_bytes for held in others) + needed_bytes - self._quota_bytes
         for held in sorted(others, key=lambda held: held.used_ns):
             if excess_bytes <= 0:
                 return
-            if held.path not in self._pinned and _unlink(held.path):
+            if held.path not in keep and _unlink(held.path):
                 LOGGER.debug("evicted %s", held.path.name[:12])
                 excess_bytes -= held.size_bytes
         if excess_bytes > 0:
@@ -149,17 +200,52 @@ class LayerCache:
             )
 
     def _touch(self, path: Path) -> None:
-        self._stamp_ns = max(time.time_ns(), self._stamp_ns + _STAMP_STEP_NS)
+        """Let a file be the one used last, also when the clock has gone back since the others."""
+        newest_ns = self._stamp_ns or max((held.used_ns for held in self._listing()), default=0)
+        self._stamp_ns = max(time.time_ns(), newest_ns + _STAMP_STEP_NS)
         with contextlib.suppress(OSError):
             os.utime(path, ns=(self._stamp_ns, self._stamp_ns))
 
     def _listing(self) -> list[_Held]:
         held = []
-        for path in self._directory.glob("??/*"):
-            with contextlib.suppress(OSError):
-                state = path.stat()
-                held.append(_Held(path, state.st_size, state.st_mtime_ns))
+        for folder in _entries(self._directory):
+            for entry in _entries(folder) if len(folder.name) == len("ab") else ():
+                with contextlib.suppress(OSError):
+                    state = entry.stat()
+                    held.append(_Held(Path(entry.path), state.st_size, state.st_mtime_ns))
         return held
+
+
+def _entries(directory: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    """Look into a directory; what is none, or not there, holds nothing."""
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(path.name + _PART)
+
+
+def _run_each(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run tasks, a few at a time; after the first failure none is begun, and it is raised."""
+    if len(tasks) == 1:
+        tasks[0]()
+        return
+    usual_bytes = threading.stack_size(_STACK_BYTES)  # of what an address limit leaves, little
+    try:
+        with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fedra-download") as pool:
+            running = [pool.submit(task) for task in tasks]
+            try:
+                for done in as_completed(running):
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        threading.stack_size(usual_bytes)
 
 
 def _unlink(path: Path) -> bool:

@@ -23,6 +23,24 @@ Memory = Annotated[
 Export = Annotated[Path, typer.Option(help="What `fedra-server export` wrote.")]
 MaxLayers = Annotated[int | None, typer.Option(help="The most layers to train in a round.")]
 Backend = Annotated[str | None, typer.Option(help="The training runtime: auto, torch or onnx.")]
+MaxBandwidth = Annotated[
+    str | None,
+    typer.Option(help="The most to move per second, both directions together, e.g. 2MB."),
+]
+Mirror = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mirror",
+        help="A directory or web address to look for weights in first; may be repeated.",
+    ),
+]
+Proxy = Annotated[
+    str | None, typer.Option(help="The proxy to the server; else as HTTPS_PROXY, NO_PROXY say.")
+]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(help="Trust this certificate authority (PEM) only; else as SSL_CERT_FILE says."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more to standard error.")]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -11,14 +13,24 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from fedra_edge.durable_files import set_aside, storage_errors, write_durably
+from fedra_edge.durable_files import (
+    UNFINISHED,
+    StateFile,
+    clear_place,
+    set_aside,
+    storage_errors,
+    write_durably,
+)
 from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId
 
 LOGGER: Final = logging.getLogger(__name__)
 _TENSORS: Final = ".safetensors"
 _MANIFEST: Final = ".json"
+_DAMAGED: Final = "damaged"
+_STAMP_STEP_NS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -55,25 +67,43 @@ class Outbox:
             num_examples=num_examples,
             report=report,
         )
-        file = self._file(assignment_id, _TENSORS)
+        file, place = (self._file(assignment_id, suffix) for suffix in (_TENSORS, _MANIFEST))
+        stored = StateFile().model_dump() | manifest.model_dump(mode="json")
+        for path in (file, place):
+            clear_place(path, self._directory / _DAMAGED)
         write_durably(file, tensors)
-        write_durably(self._file(assignment_id, _MANIFEST), manifest.model_dump_json().encode())
+        fault_point("outbox.tensors")
+        write_durably(place, json.dumps(stored).encode())
+        self._make_newest(place)
+        fault_point("outbox.kept")
         return Parcel(manifest, file)
+
+    def _make_newest(self, path: Path) -> None:
+        """Let a file come last in time, also when the clock has gone back since the others."""
+        with storage_errors(f"write {path}"):
+            own_ns = path.stat().st_mtime_ns
+            newest_ns = max(
+                (other.stat().st_mtime_ns for other in self._manifests() if other != path),
+                default=0,
+            )
+            if newest_ns >= own_ns:
+                os.utime(path, ns=(newest_ns + _STAMP_STEP_NS, newest_ns + _STAMP_STEP_NS))
+
+    def _manifests(self) -> list[Path]:
+        return list(self._directory.glob(f"*{_MANIFEST}"))
 
     def parcels(self) -> list[Parcel]:
         """Read what waits, the oldest first; what is damaged is set aside in ``damaged/``."""
         with storage_errors(f"read {self._directory}"):
             self._drop_unfinished()
-            manifests = sorted(
-                self._directory.glob(f"*{_MANIFEST}"), key=lambda path: path.stat().st_mtime_ns
-            )
+            manifests = sorted(self._manifests(), key=lambda path: path.stat().st_mtime_ns)
         parcels = [self._read(path) for path in manifests]
         return [parcel for parcel in parcels if parcel is not None]
 
     @property
     def num_waiting(self) -> int:
         """Count what waits, without a look inside."""
-        return sum(1 for _ in self._directory.glob(f"*{_MANIFEST}"))
+        return len(self._manifests())
 
     def has(self, assignment_id: AssignmentId) -> bool:
         """Tell whether this assignment's delta waits to be sent."""
@@ -90,18 +120,23 @@ class Outbox:
         self._set_aside(assignment_id, "refused")
 
     def _drop_unfinished(self) -> None:
+        """Remove what a process that was killed did not complete."""
         for path in self._directory.glob(f"*{_TENSORS}"):
-            if not self.has(AssignmentId(path.stem)):  # killed before it was complete
+            if path.is_file() and not self.has(AssignmentId(path.stem)):
                 path.unlink()
+        for path in self._directory.glob(f"*{UNFINISHED}"):
+            path.unlink()
 
     def _read(self, path: Path) -> Parcel | None:
         assignment_id = AssignmentId(path.stem)
         file = self._file(assignment_id, _TENSORS)
         with (
             storage_errors(f"read {path}"),
-            contextlib.suppress(ValidationError, FileNotFoundError),
+            contextlib.suppress(ValidationError, FileNotFoundError, IsADirectoryError),
         ):
-            manifest = DeltaManifest.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
+            StateFile.model_validate_json(content)
+            manifest = DeltaManifest.model_validate_json(content)
             is_whole = file.stat().st_size == manifest.size_bytes
             if (
                 is_whole
@@ -109,8 +144,12 @@ class Outbox:
                 and sha256_of_file(file) == manifest.sha256
             ):
                 return Parcel(manifest, file)
-        LOGGER.warning("the delta of assignment %s is damaged and was set aside", assignment_id)
-        self._set_aside(assignment_id, "damaged")
+        self._set_aside(assignment_id, _DAMAGED)
+        LOGGER.warning(
+            "the delta of assignment %s is damaged or of a newer version; it was set aside in %s",
+            assignment_id,
+            self._directory / _DAMAGED,
+        )
         return None
 
     def _set_aside(self, assignment_id: AssignmentId, folder: str) -> None:

@@ -40,7 +40,15 @@ from fedra_edge.protocol.ids import ModelId
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.rounds import Evaluation, EvaluationTask, Train, Wait
 from fedra_edge.protocol.slices import SliceManifest
-from fedra_edge.slicing import fetch_tokenizer, find_graphs, materialize, whole_model
+from fedra_edge.slicing import (
+    fetch_tokenizer,
+    find_graphs,
+    materialize,
+    model_blobs,
+    slice_blobs,
+    whole_model,
+)
+from fedra_edge.training.checkpoints import drop_checkpoints
 from fedra_edge.training.trainer import BlockCost, Surroundings, TrainedSlice, Trainer
 from fedra_edge.transport import Traffic, Transport
 
@@ -115,6 +123,8 @@ class Participation:
                 self._train_slice(manifest, beats)
         except WorkInterrupted as error:
             LOGGER.info("round %d: %s", manifest.round_number, error)
+            if not beats.is_wanted:
+                drop_checkpoints(self._equipment.config.checkpoints)
             return True
         except Exception as error:  # noqa: BLE001 (whatever a trainer or a dataset may raise)
             _log(f"round {manifest.round_number}: training failed", error)
@@ -148,7 +158,10 @@ class Participation:
         self._board.update(
             phase=Phase.EVALUATING, run=task.run, detail=f"evaluating revision {number}"
         )
-        model = whole_model(task, self._spec(model_id), self._equipment.layer_cache)
+        spec, layer_cache = self._spec(model_id), self._equipment.layer_cache
+        if layer_cache.fits(blobs := model_blobs(task, spec)):
+            layer_cache.fetch_all(blobs)
+        model = whole_model(task, spec, layer_cache)
         counts = self._equipment.trainer.evaluate(
             model, data, lambda: self._should_stop(beats), self._usable_memory
         )
@@ -185,10 +198,11 @@ class Participation:
         guard = self._guard(manifest)
         with self._equipment.layer_cache.holding(), measured_peak() as meter:
             spec = self._spec(ModelId(manifest.model_id))
+            self._equipment.layer_cache.fetch_all(slice_blobs(manifest, spec))
             work = materialize(manifest, spec, self._equipment.layer_cache)
             layers = _listed(manifest.trained_layer_ids)
             self._board.update(phase=Phase.TRAINING, detail=f"training layers {layers}")
-            surroundings = self._surroundings(guard, beats)
+            surroundings = self._surroundings(manifest, guard, beats)
             trained = self._equipment.trainer.train(work, data, surroundings)
             delta = pack_delta(compute_delta(work.adapters, trained.adapters))
         self._equipment.outbox.put(
@@ -197,6 +211,7 @@ class Participation:
             num_examples=trained.num_examples,
             report=self._training_report(trained, meter, guard),
         )
+        drop_checkpoints(self._equipment.config.checkpoints)
 
     def _guard(self, manifest: SliceManifest) -> PromiseGuard:
         """Hold this slice to the memory of this machine, as this process has measured it."""
@@ -217,15 +232,21 @@ class Participation:
     def _usable_memory(self) -> int:
         return measure_usable_memory(self._equipment.config.caps)
 
-    def _surroundings(self, guard: PromiseGuard, beats: Heartbeats) -> Surroundings:
-        config = self._equipment.config
+    def _surroundings(
+        self, manifest: SliceManifest, guard: PromiseGuard, beats: Heartbeats
+    ) -> Surroundings:
+        config, control = self._equipment.config, self._equipment.control
         free_bytes = usable_disk(config.home, config.caps)
+        checkpoint = config.checkpoints / f"{manifest.id}.safetensors"
+        drop_checkpoints(config.checkpoints, but=checkpoint)
         return Surroundings(
             on_step=lambda done, total, loss: self._on_step(beats, done, total, loss),
             should_stop=lambda: self._should_stop(beats),
             guard=guard,
             scratch=config.home,
             scratch_bytes=max(0, free_bytes - self._equipment.layer_cache.used_bytes) // 2,
+            checkpoint=checkpoint,
+            is_to_rest=lambda: control.is_paused or control.is_stopping,
         )
 
     def _on_step(self, beats: Heartbeats, done: int, total: int, loss: float) -> None:
@@ -286,6 +307,7 @@ class Participation:
     def _report(self, manifest: SliceManifest, error: Exception) -> None:
         try:
             self._api.report_failure(manifest.id, _told_to_server(error))
+            drop_checkpoints(self._equipment.config.checkpoints)
         except (ServerRefusedError, ServerUnreachableError, WorkInterrupted) as refusal:
             LOGGER.warning("the failure could not be reported: %s", refusal)
 

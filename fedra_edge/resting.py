@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn, Self
@@ -25,6 +25,7 @@ from fedra_edge.errors import FedraEdgeError, ServerRefusedError, WorkInterrupte
 from fedra_edge.exit_codes import exit_code_of
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import IdentityFile
+from fedra_edge.link import Link
 from fedra_edge.profiling import SiteCaps, is_other_memory, measure_usable_memory
 from fedra_edge.protocol.rounds import Assignment, Wait
 from fedra_edge.retrying import Retrier
@@ -34,6 +35,7 @@ CAN_REST: Final = os.name == "posix"
 CONTRIBUTED: Final = "--contributed"
 """The hidden option that carries a client's count of contributions through its rests."""
 
+_PROXY: Final = "FEDRA_EDGE_PROXY"
 _BREATH_S: Final = 1.0
 _START: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
@@ -53,10 +55,12 @@ class Rest:
     caps: SiteCaps
     contributed: int
     command: tuple[str, ...]
+    link: Link = field(default_factory=Link)
 
     def to_json(self) -> str:
-        """Write it down; names of files may hold any bytes."""
-        return json.dumps(asdict(self), default=str)
+        """Write it down for all to see, so without the proxy, which may hold a password."""
+        shown = replace(self, link=replace(self.link, proxy=None))
+        return json.dumps(asdict(shown), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -64,11 +68,14 @@ class Rest:
         values = json.loads(text)
         values |= {name: Path(values[name]) for name in ("home", "membership")}
         caps = SiteCaps(**values.pop("caps"))
-        return cls(caps=caps, command=tuple(values.pop("command")), **values)
+        link = replace(Link(**values.pop("link")), proxy=os.environ.get(_PROXY))
+        return cls(caps=caps, link=link, command=tuple(values.pop("command")), **values)
 
 
 def fall_asleep(rest: Rest, told_to_stop: threading.Event) -> NoReturn:
     """Put this program in place of the one that runs, which may have been told to stop just now."""
+    if rest.link.proxy is not None:
+        os.environ[_PROXY] = rest.link.proxy
     _become("fedra_edge.resting", (rest.to_json(),), told_to_stop)
 
 
@@ -91,7 +98,7 @@ def is_there_work(rest: Rest, told_to_stop: threading.Event) -> bool:
     Raises:
         FedraEdgeError: The home is in use or cannot be read.
     """
-    transport = Transport(open_http_client(rest.server))
+    transport = Transport(open_http_client(rest.server, rest.link), rest.link)
     control = Control(on_stop=transport.interrupt)
     _stop_on_signals(control, told_to_stop)
     with home_lock(rest.home):

@@ -24,7 +24,7 @@ class RetryPolicy:
 
     max_attempts: int | None = None
     first_wait_s: float = 0.5
-    max_wait_s: float = 30.0
+    max_wait_s: float = 10.0
 
     def wait_s(self, failures: int, jitter: float) -> float:
         """Give the wait after so many failures; ``jitter`` in 0..1 spreads clients over time."""

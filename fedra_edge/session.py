@@ -19,6 +19,7 @@ from fedra_edge.participation import FATAL, Equipment, Participation
 from fedra_edge.profiling import is_other_memory
 from fedra_edge.progress import Phase
 from fedra_edge.protocol.devices import DeviceProfile
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
 from fedra_edge.protocol.rounds import Assignment, Stop, Train, Wait
@@ -186,7 +187,7 @@ class Session:
     def _send(self, parcel: Parcel) -> None:
         assignment_id = parcel.manifest.id
         try:
-            self._api.send_delta(parcel.manifest, parcel.file, _DELIVERY)
+            receipt = self._api.send_delta(parcel.manifest, parcel.file, _DELIVERY)
         except FATAL:
             raise
         except ServerRefusedError as error:
@@ -194,9 +195,13 @@ class Session:
             self._give_up(assignment_id, f"the delta was refused: {error}")
             self._equipment.outbox.refuse(assignment_id)
         else:
+            fault_point("send.received")
             self._equipment.outbox.remove(assignment_id)
             contributed = self._board.current.rounds_contributed + 1
-            self._board.update(rounds_contributed=contributed, detail="the delta was admitted")
+            stale = receipt.staleness
+            late = "" if stale is None else f" late, with a staleness of {stale}"
+            detail = f"the delta was admitted{late}"
+            self._board.update(rounds_contributed=contributed, detail=detail)
 
     def _give_up(self, assignment_id: AssignmentId, detail: str) -> None:
         """End an assignment whose delta is not wanted, or it would be handed out again."""

@@ -57,6 +57,29 @@ def materialize(manifest: SliceManifest, spec: ModelSpec, layer_cache: LayerSour
     return SliceWork(spec, manifest, weights, adapters, find_graphs(manifest.graphs, layer_cache))
 
 
+def slice_blobs(manifest: SliceManifest, spec: ModelSpec) -> list[BlobRef]:
+    """List what a slice needs, in the order in which it will be read.
+
+    Raises:
+        SliceError: The manifest does not fit the model.
+    """
+    _check_manifest(manifest, spec)
+    adapters = (manifest.revision.layers[layer_id] for layer_id in manifest.layer_ids)
+    weights = piece_refs(spec, manifest.layer_ids).values()
+    return [manifest.revision.head, *adapters, *weights]
+
+
+def model_blobs(task: EvaluationTask, spec: ModelSpec) -> list[BlobRef]:
+    """List what evaluating a revision needs, in the order in which it will be read.
+
+    Raises:
+        SliceError: The task does not fit the model.
+    """
+    _check_model(task.model_id, task.revision, spec)
+    weights = piece_refs(spec, spec.layer_ids).values()
+    return [task.revision.head, *task.revision.layers, *weights]
+
+
 def whole_model(task: EvaluationTask, spec: ModelSpec, layer_cache: LayerSource) -> WholeModel:
     """Read all adapters of a revision; weights and graphs are fetched when they are looked up.
 

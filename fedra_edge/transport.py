@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,24 +15,37 @@ from typing import Any, Final, TypeVar
 import httpx
 from pydantic import ValidationError
 
+from fedra_edge.bandwidth import Bandwidth
 from fedra_edge.errors import (
     REFUSALS,
     ConfigurationError,
     FedraEdgeError,
+    NotThereError,
     OffsetMismatchError,
     ProtocolMismatchError,
     ServerUnreachableError,
     UnexpectedAnswerError,
 )
+from fedra_edge.link import Link, tune
 from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER, Route
-from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION, is_compatible
-from fedra_edge.protocol.wire import WireModel
+from fedra_edge.protocol.version import (
+    PROTOCOL_HEADER,
+    PROTOCOL_VERSION,
+    is_compatible,
+    skew,
+    upgrade_advice,
+)
+from fedra_edge.protocol.wire import WireModel, byte_count_of
 
 LOGGER: Final = logging.getLogger(__name__)
-CONNECT_S: Final = 5.0
-READ_S: Final = 30.0
-WRITE_S: Final = 60.0
+CONNECT_S: Final = 10.0
+_UNPUNCTUAL_S: Final = 10.0
+_SLOWEST_WORK_BYTES_PER_S: Final = 10**6
+"""How slowly a server may check and sync what it was sent without being taken for gone."""
+_NOT_FOUND: Final = 404
+_WHO_ARE_YOU: Final = 407
+_CHECK_PROXY: Final = "check --proxy and its account, or HTTPS_PROXY and NO_PROXY"
 _NOT_NOW: Final = frozenset({408, 425, 429})
 _MAX_PROBLEM_BYTES: Final = 64 * 1024
 _MAX_ANSWER_BYTES: Final = 64 * 2**20
@@ -41,8 +55,10 @@ _WRONG_ADDRESS: Final = (
 _REMEDIES: Final = {
     ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave` to drop the identity that this server "
     "does not know, then join again",
-    ProblemCode.PROTOCOL_MISMATCH: "install the client version that belongs to this server",
+    ProblemCode.PROTOCOL_MISMATCH: "install the client release that belongs to this server",
 }
+
+_DIRECT: Final = Link()
 
 Parsed = TypeVar("Parsed", bound=WireModel)
 
@@ -57,14 +73,19 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Request:
-    """One call, ready to be sent; ``content`` may be produced while it is sent."""
+    """One call, ready to be sent; ``content`` may be produced while it is sent.
+
+    The server may be silent for the link's idle time, for ``wait_s`` when it was asked to hold
+    its answer back so long, and while it works through ``work_bytes``.
+    """
 
     route: Route
     path: str
     query: Mapping[str, str | float] | None = None
     headers: Mapping[str, str] | None = None
     content: bytes | Iterable[bytes] = b""
-    read_s: float = READ_S
+    wait_s: float = 0.0
+    work_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,28 +104,35 @@ def json_request(route: Route, path: str, body: WireModel | None = None) -> Requ
     return Request(route, path, headers={"Content-Type": "application/json"}, content=content)
 
 
-def open_http_client(server: str) -> httpx.Client:
-    """Open the connection pool; proxies and certificate authorities come from the environment."""
+def open_http_client(server: str, link: Link = _DIRECT) -> httpx.Client:
+    """Open the connection pool; what the link does not say comes from the environment."""
     try:
-        return httpx.Client(base_url=server)
+        verify = True if link.ca_file is None else ssl.create_default_context(cafile=link.ca_file)
+        return httpx.Client(base_url=server, proxy=link.proxy, verify=verify)
     except (httpx.InvalidURL, ValueError, OSError, ImportError) as error:
         raise ConfigurationError(
             f"cannot prepare connections to {server}: {error}",
-            remedy="check the address and HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE",
+            remedy="check the address, --proxy and --ca-file, and HTTPS_PROXY, NO_PROXY, "
+            "SSL_CERT_FILE",
         ) from error
 
 
 class Transport:
     """Sends requests over an injected ``httpx.Client`` and turns every failure into our errors."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(
+        self, client: httpx.Client, link: Link = _DIRECT, bandwidth: Bandwidth | None = None
+    ) -> None:
         self._client = client
+        self._idle_s = link.idle_s
+        self.bandwidth = bandwidth or Bandwidth(link.max_bytes_per_s)
         self._credential: str | None = None
         self._lock = threading.Lock()
         self._bytes_received = 0
         self._bytes_sent = 0
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._is_interrupted = False
+        self._interrupted = threading.Event()
+        self._server_speaks = PROTOCOL_VERSION
 
     def authenticate(self, credential: str) -> None:
         """Send this credential with every request from now on."""
@@ -160,7 +188,7 @@ class Transport:
         with _mapped_errors():
             response = self._client.send(self._build(request), stream=True)
         try:
-            _check_version(response)
+            self._check_version(response)
             if not response.is_success:
                 raise self._refusal(response)
             _check_encoding(response)
@@ -175,10 +203,16 @@ class Transport:
                 self._count(received=len(chunk))
                 yield chunk
 
+    def streamed(self, response: httpx.Response) -> Iterator[bytes]:
+        """Do the same with a large body, no faster than the site permits."""
+        for chunk in self.received(response):
+            yield chunk
+            self.bandwidth.wait(self._interrupted)
+
     def interrupt(self) -> None:
         """Wake whoever waits for the server, by ending the connections; ``reopen`` undoes it."""
         with self._lock:
-            self._is_interrupted = True
+            self._interrupted.set()
             connections = list(self._sockets)
         for connection in connections:
             _end(connection)
@@ -186,7 +220,7 @@ class Transport:
     def reopen(self) -> None:
         """Let requests through again after an interrupt."""
         with self._lock:
-            self._is_interrupted = False
+            self._interrupted.clear()
 
     def close(self) -> None:
         """Close all connections."""
@@ -200,7 +234,7 @@ class Transport:
         }
         if self._credential is not None:
             headers["Authorization"] = f"Bearer {self._credential}"
-        timeout = httpx.Timeout(READ_S, connect=CONNECT_S, read=request.read_s, write=WRITE_S)
+        timeout = httpx.Timeout(self._idle_s, connect=CONNECT_S, read=self._patience_s(request))
         built = self._client.build_request(
             request.route.method,
             request.path,
@@ -212,6 +246,12 @@ class Transport:
         built.extensions["trace"] = self._remember_socket
         return built
 
+    def _patience_s(self, request: Request) -> float:
+        """Tell how long the server may be silent; one that holds an answer back is punctual."""
+        if request.wait_s:
+            return request.wait_s + min(self._idle_s, _UNPUNCTUAL_S)
+        return self._idle_s + request.work_bytes / _SLOWEST_WORK_BYTES_PER_S
+
     def _counted(self, content: bytes | Iterable[bytes]) -> bytes | Iterator[bytes]:
         if isinstance(content, bytes):
             self._count(sent=len(content))
@@ -219,11 +259,16 @@ class Transport:
         return self._count_while_sending(content)
 
     def _count_while_sending(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        step = self.bandwidth.portion_bytes
         for chunk in chunks:
-            yield chunk
-            self._count(sent=len(chunk))
+            for start in range(0, len(chunk), step):
+                portion = chunk[start : start + step]
+                self.bandwidth.wait(self._interrupted)
+                yield portion
+                self._count(sent=len(portion))
 
     def _count(self, *, received: int = 0, sent: int = 0) -> None:
+        self.bandwidth.spend(received + sent)
         with self._lock:
             self._bytes_received += received
             self._bytes_sent += sent
@@ -234,9 +279,30 @@ class Transport:
             if isinstance(connection, socket.socket):
                 with self._lock:
                     self._sockets.add(connection)
-                    is_late = self._is_interrupted
+                    is_late = self._interrupted.is_set()
+                tune(connection)
                 if is_late:
                     _end(connection)
+
+    def _check_version(self, response: httpx.Response) -> None:
+        """Refuse an answer of another major version, and log another minor one once.
+
+        A server that refuses knows its own release, so what it says is passed on.
+        """
+        theirs = response.headers.get(PROTOCOL_HEADER, PROTOCOL_VERSION)[:20]
+        if is_compatible(PROTOCOL_VERSION, theirs):
+            if theirs != self._server_speaks and (word := skew(PROTOCOL_VERSION, theirs)):
+                told = "the server speaks protocol %s, %s than this client's %s; both work together"
+                LOGGER.info(told, theirs, word, PROTOCOL_VERSION)
+            self._server_speaks = theirs
+            return
+        code = ProblemCode.PROTOCOL_MISMATCH
+        refusal = None if response.is_success else self._refusal(response)
+        if isinstance(refusal, ProtocolMismatchError):
+            raise refusal
+        detail = f"the server speaks protocol {theirs}, this client {PROTOCOL_VERSION}"
+        remedy = upgrade_advice(PROTOCOL_VERSION, theirs)
+        raise ProtocolMismatchError(Problem.of(code, status=426, detail=detail), remedy=remedy)
 
     def _refusal(self, response: httpx.Response) -> FedraEdgeError:
         body = b""
@@ -262,7 +328,9 @@ def _mapped_errors() -> Iterator[None]:
     except httpx.RequestError as error:
         remedy = "check that the server runs and that --server is its address"
         if "CERTIFICATE" in str(error):
-            remedy = "set SSL_CERT_FILE to the certificate authority of your plant or proxy"
+            remedy = "give the certificate authority of your plant or proxy as --ca-file"
+        elif isinstance(error, httpx.ProxyError):
+            remedy = _CHECK_PROXY
         raise ServerUnreachableError(
             f"the server cannot be reached: {str(error) or type(error).__name__}", remedy=remedy
         ) from error
@@ -271,15 +339,6 @@ def _mapped_errors() -> Iterator[None]:
 def _end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def _check_version(response: httpx.Response) -> None:
-    theirs = response.headers.get(PROTOCOL_HEADER)
-    if theirs is None or is_compatible(PROTOCOL_VERSION, theirs):
-        return
-    code = ProblemCode.PROTOCOL_MISMATCH
-    detail = f"the server speaks protocol {theirs[:20]}, this client {PROTOCOL_VERSION}"
-    raise ProtocolMismatchError(Problem.of(code, status=426, detail=detail), remedy=_REMEDIES[code])
 
 
 def _check_encoding(response: httpx.Response) -> None:
@@ -316,16 +375,17 @@ def _error_of(response: httpx.Response, problem: Problem | None) -> FedraEdgeErr
     if problem is None:
         return _error_without_problem(response)
     if problem.code is ProblemCode.OFFSET_MISMATCH:
-        offset = response.headers.get(UPLOAD_OFFSET_HEADER, "0")
-        return OffsetMismatchError(problem, offset_bytes=int(offset) if offset.isdecimal() else 0)
+        offset = byte_count_of(response.headers.get(UPLOAD_OFFSET_HEADER, ""))
+        return OffsetMismatchError(problem, offset_bytes=offset or 0)
     remedy = problem.remedy or _REMEDIES.get(problem.code, "")
     return REFUSALS[problem.code](problem, remedy=remedy)
 
 
 def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
-    return UnexpectedAnswerError(
+    kind = NotThereError if response.status_code == _NOT_FOUND else UnexpectedAnswerError
+    return kind(
         f"HTTP status {response.status_code} without a problem document",
-        remedy=_WRONG_ADDRESS,
+        remedy=_CHECK_PROXY if response.status_code == _WHO_ARE_YOU else _WRONG_ADDRESS,
     )
 
 

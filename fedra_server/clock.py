@@ -15,8 +15,15 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's own clock."""
+    """The machine's clock as it stood when this was made, and evenly on from there.
+
+    Setting the machine's clock then ends no deadline and silences no client; it is heeded by the
+    next process.
+    """
+
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.monotonic()
 
     def now(self) -> float:
         """Give the present moment."""
-        return time.time()
+        return self._offset_s + time.monotonic()

@@ -24,6 +24,7 @@ CONFIG_TEMPLATE: Final = """\
 # max_enrolments_per_minute = 120 # further enrolments are told to come back later
 # max_request_bytes = 1048576     # for every request body but an upload's
 # max_delta_bytes = 67108864      # default: what the run's adapters need
+# max_disk_bytes = 100000000000   # for weights, adapters, deltas and uploads; default: the disk
 # database_url = "postgresql+psycopg://user@host/fedra"  # default: a SQLite file here
 # log_level = "info"
 """
@@ -82,7 +83,8 @@ class ServerHome:
 class ServerConfig(BaseSettings):
     """The settings, from arguments, then FEDRA_SERVER_* variables, then defaults.
 
-    ``max_delta_bytes`` None derives the limit from the adapters of the run. ``port`` 0 takes
+    ``max_delta_bytes`` None derives the limit from the adapters of the run. ``max_disk_bytes``
+    limits what uploads may add to; None leaves it to the disk. ``port`` 0 takes
     any free port. ``database_url`` may hold a password, so it is kept out of representations.
     """
 
@@ -97,6 +99,7 @@ class ServerConfig(BaseSettings):
     max_enrolments_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 120
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 2**20
     max_delta_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    max_disk_bytes: Annotated[int, Field(ge=1, le=2**50)] | None = None
     database_url: Annotated[str | None, Field(repr=False)] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

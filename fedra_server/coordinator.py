@@ -1,4 +1,4 @@
-"""Moves every run forward: opens rounds, waits, merges, publishes. The only writer of rounds.
+"""Moves every run forward: opens rounds, hands out work, merges. The only writer of rounds.
 
 All state is in the store, so a restarted server continues the round it was in.
 """
@@ -7,30 +7,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from fedra_edge.protocol.files import sha256_of_file
-from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
+from fedra_edge.protocol.fault_points import fault_point
+from fedra_edge.protocol.ids import AssignmentId, RunId
 from fedra_server.assigning import assign
-from fedra_server.choosing import Population
 from fedra_server.clock import Clock
+from fedra_server.committing import Committer
 from fedra_server.config import ServerConfig, ServerHome
-from fedra_server.errors import FedraServerError, StorageError
+from fedra_server.errors import FedraServerError
 from fedra_server.intake import Intake
-from fedra_server.merging import Contributor
-from fedra_server.planning import PlannedSlice, find_unfit, plan_round, round_generator
-from fedra_server.publishing import Contribution, merged_revision
-from fedra_server.rounds import RoundStep, next_step, rest_s
-from fedra_server.runs import AssignmentState, RunState
+from fedra_server.planning import PlannedSlice
+from fedra_server.recruiting import Recruiter
+from fedra_server.rounds import Progress, RoundStep, draw_size, last_handed_out, next_step
+from fedra_server.run_locks import RunLocks
+from fedra_server.runs import RunState
 from fedra_server.storage.blobs import BlobStore
-from fedra_server.storage.records import (
-    AssignmentRecord,
-    ClientRecord,
-    RevisionRecord,
-    RoundRecord,
-    RunRecord,
-)
+from fedra_server.storage.records import RevisionRecord, RoundRecord, RunRecord
 from fedra_server.storage.store import Store
 
 LOGGER = logging.getLogger(__name__)
@@ -50,21 +43,21 @@ class Coordinator:
         clock: Clock,
     ) -> None:
         self._store = store
-        self._blobs = blobs
-        self._home = home
-        self._config = config
         self._clock = clock
-        self._merging = threading.Lock()
-        self.intake = Intake(store, home, config, clock, self._merging)
+        locks = RunLocks()
+        self.intake = Intake(store, home, config, clock, locks)
+        self._recruiter = Recruiter(store, config, clock)
+        self._committer = Committer(store, blobs, home, clock, locks)
         self._wakeup = threading.Event()
         self._stopping = threading.Event()
         self._states_seen: dict[str, RunState] = {}
         self._listeners: list[Callable[[], None]] = []
-        self._unfit_told: dict[tuple[RunId, ClientId], str] = {}
+        self._troubles: dict[RunId, str] = {}
         self._thread = threading.Thread(target=self._loop, name="coordinator")
 
     def start(self) -> None:
-        """Begin to move runs forward."""
+        """Begin to move runs forward; nobody was seen later than now, whatever the clock was."""
+        self._store.cap_last_seen(self._clock.now())
         self._thread.start()
 
     def stop(self) -> None:
@@ -110,214 +103,159 @@ class Coordinator:
             while self._step(self._store.run(run.run)):
                 changed = True
         except FedraServerError as error:
-            LOGGER.error("run %s cannot go on: %s %s", run.run, error, error.remedy)  # noqa: TRY400 - expected, no traceback
+            self._tell_trouble(run.run, f"{error} {error.remedy}")
         except Exception:
             LOGGER.exception("run %s cannot go on because of a defect; trying again", run.run)
+        else:
+            self._tell_trouble(run.run, "")
         return changed
 
+    def _tell_trouble(self, run: RunId, trouble: str) -> None:
+        """Tell the operator when a run cannot go on, and when it can again, each once."""
+        if self._troubles.get(run, "") == trouble:
+            return
+        self._troubles[run] = trouble
+        if trouble:
+            LOGGER.error("run %s cannot go on: %s", run, trouble)
+        else:
+            LOGGER.info("run %s goes on", run)
+
     def _step(self, run: RunRecord) -> bool:
-        """Do one step of the round loop: open, wait, recruit or merge."""
+        """Do one step of a run: let go, open a round, or take the open one further."""
         if run.state in {RunState.CREATED, RunState.FINISHED}:
             return False
-        current = self._store.current_round(run.run)
         if run.state is RunState.STOPPED:
-            return current is not None and self._dismiss(run, current)
+            now = self._clock.now()
+            return self._store.dismiss(run.run, "the operator stopped the run", now) > 0
+        current = self._store.current_round(run.run)
         if current is None:
-            return run.state is RunState.RUNNING and self._open_round(run)
-        assignments = self._store.assignments(run.run, current.number)
-        step = next_step(
-            [assignment.state for assignment in assignments],
-            min_participants=run.spec.min_participants,
-            is_overdue=self._clock.now() >= current.deadline_at,
-        )
-        match step:
-            case RoundStep.WAIT:
-                return False
-            case RoundStep.RECRUIT:
-                return self._recruit(run, current, assignments)
-            case RoundStep.MERGE:
-                return self._merge(run, current)
+            return self._open(run)
+        if run.spec.mode == "buffered":
+            return self._committer.commit(run, current) or self._hand_out(run, current)
+        return self._step_synchronous(run, current)
 
-    def _dismiss(self, run: RunRecord, current: RoundRecord) -> bool:
-        """Release the participants of a stopped run; what was admitted stays on disk."""
-        pending = [
-            assignment.assignment_id
-            for assignment in self._store.assignments(run.run, current.number)
-            if assignment.state is AssignmentState.PENDING
-        ]
-        for assignment_id in pending:
-            self._store.settle(
-                assignment_id,
-                AssignmentState.EXPIRED,
-                detail="the operator stopped the run",
-                now=self._clock.now(),
-            )
-        return bool(pending)
-
-    def _open_round(self, run: RunRecord) -> bool:
-        """Draw the next round once enough clients are there."""
+    def _open(self, run: RunRecord) -> bool:
+        """Open the next round; a buffered one after the first waits for nobody, even if paused."""
         base = self._store.revision(run.run)
-        number = base.manifest.number + 1
-        planned = self._plan(run, base, number, draw=0, excluded=set())
-        if len(planned) < run.spec.min_participants:
+        is_flowing = run.spec.mode == "buffered" and base.manifest.number > 0
+        if run.state is not RunState.RUNNING and not is_flowing:
             return False
+        number = base.manifest.number + 1
+        planned: list[PlannedSlice] = []
+        if not is_flowing:
+            places = draw_size(run.spec)
+            planned = self._recruiter.draw(run, number, base.last_trained, draw=0, places=places)
+            if len(planned) < run.spec.min_participants:
+                return False
         now = self._clock.now()
         opened = RoundRecord(
             run=run.run,
             number=number,
             base_revision=base.manifest.number,
-            draws=1,
+            draws=int(not is_flowing),
             opened_at=now,
             deadline_at=now + run.spec.deadline_s,
             published_at=None,
         )
+        fault_point("assign.decided")
         self._store.open_round(opened, [assign(run, base, number, item, now) for item in planned])
+        fault_point("assign.recorded")
         LOGGER.info("run %s: round %d opened with %d participants", run.run, number, len(planned))
         return True
 
-    def _recruit(
-        self, run: RunRecord, current: RoundRecord, assignments: list[AssignmentRecord]
-    ) -> bool:
-        """Draw others, or again those that rested after a failure; past the deadline, extend."""
+    def _hand_out(self, run: RunRecord, current: RoundRecord) -> bool:
+        """Give everybody without work a slice of the newest revision."""
+        seen_since = self._recruiter.seen_since
+        is_running = run.state is RunState.RUNNING
+        if not (is_running and self._store.has_idle_client(run.run, seen_since)):
+            return False
+        progress = self._store.progress(run.run, seen_since)
+        size = draw_size(run.spec)
+        places = None if size is None else size - progress.at_work
+        base = self._store.revision(run.run, current.base_revision)
+        held = self._store.pending_slices(run.run, seen_since)
+        planned = self._recruiter.draw(
+            run,
+            current.number,
+            last_handed_out(base.last_trained, base.pieces, held, current.number),
+            draw=current.draws,
+            places=places,
+        )
+        if planned:
+            self._extend(run, current, base, planned, deadline_at=current.deadline_at)
+        return bool(planned)
+
+    def _step_synchronous(self, run: RunRecord, current: RoundRecord) -> bool:
+        """Wait, recruit or merge."""
         now = self._clock.now()
-        is_overdue = now >= current.deadline_at
-        online = {client.client_id for client in self._online_clients()}
-        silent = [
-            assignment.assignment_id
-            for assignment in assignments
-            if assignment.state is AssignmentState.PENDING and assignment.client_id not in online
-        ]
-        excluded = _unavailable(assignments, set(silent), now)
+        deadline_at = min(current.deadline_at, now + run.spec.deadline_s)
+        if deadline_at < current.deadline_at:  # the machine's clock was set back
+            base = self._store.revision(run.run, current.base_revision)
+            self._extend(run, current, base, [], deadline_at=deadline_at)
+        progress = self._store.progress(run.run, self._recruiter.seen_since, current.number)
+        match next_step(progress, run.spec, is_overdue=now >= deadline_at):
+            case RoundStep.WAIT:
+                return False
+            case RoundStep.RECRUIT:
+                return self._recruit(run, current, progress, is_overdue=now >= deadline_at)
+            case RoundStep.MERGE:
+                return self._committer.commit(run, current)
+
+    def _recruit(
+        self, run: RunRecord, current: RoundRecord, progress: Progress, *, is_overdue: bool
+    ) -> bool:
+        """Draw others in place of who failed or fell silent; past the deadline, extend.
+
+        Who failed may be drawn again once it has rested. A replaced participant's delta still
+        counts if it comes while the round is open.
+        """
+        seen_since = self._recruiter.seen_since
+        has_idle = self._store.has_idle_client(run.run, seen_since)
+        silent = self._store.silent(run.run, current.number, seen_since)
         base = self._store.revision(run.run, current.base_revision)
         planned: list[PlannedSlice] = []
-        if run.state is RunState.RUNNING:
-            planned = self._plan(run, base, current.number, draw=current.draws, excluded=excluded)
+        if run.state is RunState.RUNNING and has_idle:
+            size = draw_size(run.spec)
+            planned = self._recruiter.draw(
+                run,
+                current.number,
+                base.last_trained,
+                draw=current.draws,
+                places=None if size is None else size - progress.admitted - progress.at_work,
+                excluded=self._store.contributors(run.run, current.number),
+            )
         if not planned and not is_overdue:
             return False
-        self._store.extend_round(
-            run.run,
-            current.number,
-            deadline_at=now + run.spec.deadline_s,
-            draws=current.draws + bool(planned),
-            assignments=[assign(run, base, current.number, item, now) for item in planned],
-            expire=silent,
-            now=now,
-        )
+        is_starting_over = is_overdue or not progress.at_work
+        replaced = silent if is_overdue else silent[: len(planned)]
+        deadline_at = current.deadline_at
+        if is_starting_over:
+            deadline_at = self._clock.now() + run.spec.deadline_s
+        self._extend(run, current, base, planned, deadline_at=deadline_at, expire=replaced)
         LOGGER.warning(
             "run %s: round %d has too few deltas; %d silent participants replaced by %d",
-            run.run, current.number, len(silent), len(planned),
+            run.run, current.number, len(replaced), len(planned),
         )  # fmt: skip
         return bool(planned)
 
-    def _merge(self, run: RunRecord, current: RoundRecord) -> bool:
-        """Merge what was admitted and publish it, in one transaction at the end."""
-        with self._merging:
-            admitted = [
-                assignment
-                for assignment in self._store.assignments(run.run, current.number)
-                if assignment.state is AssignmentState.ADMITTED
-            ]
-            if self._set_damaged_aside(admitted):
-                return True
-            base = self._store.revision(run.run, current.base_revision)
-            now = self._clock.now()
-            contributions = [self._contribution(assignment) for assignment in admitted]
-            merged = merged_revision(
-                base, contributions, run.spec, self._blobs, round_number=current.number, now=now
-            )
-            self._store.publish(
-                merged,
-                run.run,
-                current.number,
-                merged=[assignment.assignment_id for assignment in admitted],
-                now=now,
-                finishes_run=current.number >= run.spec.rounds,
-            )
-        LOGGER.info(
-            "run %s: round %d merged %d deltas into revision %d",
-            run.run, current.number, len(admitted), merged.manifest.number,
-        )  # fmt: skip
-        return True
-
-    def _set_damaged_aside(self, admitted: list[AssignmentRecord]) -> bool:
-        """Refuse admitted deltas whose file is gone or altered; tell whether there were any."""
-        damaged = [item for item in admitted if not self._is_sound(item)]
-        for assignment in damaged:
-            LOGGER.error(
-                "the stored delta %s is damaged or gone; its round goes on without it",
-                self._home.delta_file(assignment.assignment_id),
-            )
-            self._store.settle(
-                assignment.assignment_id,
-                AssignmentState.REFUSED,
-                detail="the server's copy of this delta is damaged or gone",
-                now=self._clock.now(),
-                only_from={AssignmentState.ADMITTED},
-            )
-        return bool(damaged)
-
-    def _is_sound(self, assignment: AssignmentRecord) -> bool:
-        path = self._home.delta_file(assignment.assignment_id)
-        if assignment.delta is None or not path.is_file():
-            return False
-        return sha256_of_file(path) == assignment.delta.sha256
-
-    def _plan(
+    def _extend(
         self,
         run: RunRecord,
+        current: RoundRecord,
         base: RevisionRecord,
-        number: int,
+        planned: Sequence[PlannedSlice],
         *,
-        draw: int,
-        excluded: set[ClientId],
-    ) -> list[PlannedSlice]:
-        online = self._online_clients()
-        at_work = {it.client_id for it in online if self._store.open_assignment(it.client_id)}
-        population = Population(
-            online, self._store.calibrations(run.model_id), excluded | at_work, self._seen_since
+        deadline_at: float,
+        expire: Sequence[AssignmentId] = (),
+    ) -> None:
+        """Hand out further work of an open round."""
+        now = self._clock.now()
+        self._store.extend_round(
+            run.run,
+            current.number,
+            deadline_at=deadline_at,
+            draws=current.draws + bool(planned),
+            assignments=[assign(run, base, current.number, item, now) for item in planned],
+            expire=expire,
+            now=now,
         )
-        candidates = population.candidates(run.run)
-        spec = self._store.model(run.model_id).spec
-        self._warn_of_unfit(run, find_unfit(candidates, spec, run.spec))
-        generator = round_generator(run.spec, number, draw)
-        return plan_round(candidates, spec, run.spec, base.last_trained, generator)
-
-    def _warn_of_unfit(self, run: RunRecord, reasons: dict[ClientId, str]) -> None:
-        """Tell the operator, once for each reason, who cannot take part and why."""
-        for client_id, reason in reasons.items():
-            if self._unfit_told.get((run.run, client_id)) != reason:
-                self._unfit_told[run.run, client_id] = reason
-                LOGGER.warning("run %s: client %s cannot take part: %s", run.run, client_id, reason)
-
-    def _contribution(self, assignment: AssignmentRecord) -> Contribution:
-        if assignment.delta is None:
-            raise StorageError(f"assignment {assignment.assignment_id} is admitted without a delta")
-        return Contribution(
-            Contributor(assignment.assignment_id, assignment.delta.num_examples, assignment.chance),
-            assignment.manifest.trained_layer_ids,
-            self._home.delta_file(assignment.assignment_id),
-        )
-
-    @property
-    def _seen_since(self) -> float:
-        return self._clock.now() - self._config.heartbeat_timeout_s
-
-    def _online_clients(self) -> list[ClientRecord]:
-        return [it for it in self._store.clients() if it.is_there(self._seen_since)]
-
-
-def _unavailable(
-    assignments: list[AssignmentRecord], silent: set[AssignmentId], now: float
-) -> set[ClientId]:
-    """Name the participants that are at work or done, and those that rest after a failure."""
-    at_work = {AssignmentState.PENDING, AssignmentState.ADMITTED}
-    failed = {AssignmentState.FAILED, AssignmentState.REFUSED}
-    failures = Counter(item.client_id for item in assignments if item.state in failed)
-    return {
-        item.client_id
-        for item in assignments
-        if (item.state in at_work and item.assignment_id not in silent)
-        or (
-            item.state in failed and now < (item.settled_at or 0) + rest_s(failures[item.client_id])
-        )
-    }

@@ -24,11 +24,13 @@ class ExitCode(IntEnum):
     NOT_FOUND = 4
     CONFLICT = 5
     STORAGE = 6
+    AUDIT = 7
 
 
 EXIT_CODES_HELP: Final = (
     "Exit codes: 0 done; 1 unexpected error; 2 wrong usage; 3 configuration cannot work; "
-    "4 no such thing; 5 conflict with what exists; 6 disk or database refused."
+    "4 no such thing; 5 conflict with what exists; 6 disk or database refused; "
+    "7 an audit found something broken."
 )
 
 _CODES: Final[tuple[tuple[type[FedraServerError], ExitCode], ...]] = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fedra_edge.protocol.fitting import Unfit, fit_work, why_not_on
 from fedra_edge.protocol.rounds import Assignment, EvaluationTask, Stop, Train, Wait
+from fedra_server.choosing import resting
 from fedra_server.runs import RunState
 from fedra_server.storage.records import (
     AssignmentRecord,
@@ -35,7 +36,8 @@ def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
         if task is not None:
             return Wait(reason=f"run {run.run} is over; evaluate its last revision", evaluate=task)
     if active:
-        return Wait(reason="; ".join(_why_waiting(store, client, run) for run in active)[:4000])
+        reasons = [_why_waiting(store, client, run, now) for run in active]
+        return Wait(reason="; ".join(reasons)[:4000])
     if client.run is not None and runs and runs[0].state in _OVER:
         return Stop(reason=f"run {client.run} is {runs[0].state}")
     return Wait(reason=_why_nothing(runs))
@@ -46,14 +48,23 @@ def _train(
 ) -> Assignment:
     """Hand out the slice, with the time left by the server's clock."""
     run = store.run(assignment.run)
-    current = store.current_round(run.run)
-    deadline_at = now if current is None else current.deadline_at
-    manifest = assignment.manifest.model_copy(update={"remaining_s": max(0.0, deadline_at - now)})
+    remaining_s = _remaining_s(store, run, assignment, now)
+    manifest = assignment.manifest.model_copy(update={"remaining_s": remaining_s})
     base = store.revision(run.run, manifest.revision.number)
     calibration = store.calibration(client.client_id, run.model_id)
     has_none = calibration is not None and calibration.held_out_examples == 0
     task = None if has_none else _evaluation(store, client, run, base)
     return Train(manifest=manifest, evaluate=task)
+
+
+def _remaining_s(store: Store, run: RunRecord, assignment: AssignmentRecord, now: float) -> float:
+    """Give how long a slice is waited for; in a buffered run each has its own time."""
+    current = store.current_round(run.run)
+    deadline_at = assignment.issued_at + run.spec.deadline_s
+    if run.spec.mode == "synchronous":
+        is_open = current is not None and current.number == assignment.round_number
+        deadline_at = current.deadline_at if current is not None and is_open else now
+    return min(max(0.0, deadline_at - now), run.spec.deadline_s)
 
 
 def _lacks_calibration(store: Store, client: ClientRecord, run: RunRecord) -> bool:
@@ -67,7 +78,7 @@ def _why_not_here(store: Store, client: ClientRecord, run: RunRecord) -> str | N
     return why_not_on(client.profile.backend, store.model(run.model_id).spec, run.spec.terms)
 
 
-def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
+def _why_waiting(store: Store, client: ClientRecord, run: RunRecord, now: float) -> str:
     """Explain why an active run has no work for this client now."""
     calibration = store.calibration(client.client_id, run.model_id)
     if calibration is None:
@@ -78,11 +89,19 @@ def _why_waiting(store: Store, client: ClientRecord, run: RunRecord) -> str:
     fit = fit_work(client.profile, calibration, store.model(run.model_id).spec, run.spec.terms)
     if isinstance(fit, Unfit):
         return f"this machine cannot take part in run {run.run}: {fit.reason}"
+    return f"run {run.run} {_what_it_waits_for(store, client, run, now)}"
+
+
+def _what_it_waits_for(store: Store, client: ClientRecord, run: RunRecord, now: float) -> str:
+    """Say why a run gives no work to a client that could do some."""
     if run.state is RunState.PAUSED:
-        return f"run {run.run} is paused"
+        return "is paused"
+    rest = resting(store.setbacks(run.run), now).get(client.client_id)
+    if rest is not None:
+        return f"gives this machine a rest: it {rest}"
     if store.current_round(run.run) is None:
-        return f"run {run.run} waits until {run.spec.min_participants} participants are ready"
-    return f"run {run.run} waits for other participants"
+        return f"waits until {run.spec.min_participants} participants are ready"
+    return "waits for other participants"
 
 
 def _why_nothing(runs: Sequence[RunRecord]) -> str:

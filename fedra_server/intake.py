@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from pathlib import Path
 from typing import Final
 
 from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.messages import DeltaReceipt
@@ -17,6 +17,9 @@ from fedra_server.admission import check_delta, largest_delta_bytes
 from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import NotPermittedError, RefusedError
+from fedra_server.publishing import trained_pieces
+from fedra_server.rounds import staleness
+from fedra_server.run_locks import RunLocks
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.durability import disk_errors, replace_durably
 from fedra_server.storage.records import AssignmentRecord, UploadRecord
@@ -31,8 +34,9 @@ _DEFECT: Final = "Update the client software; if it is up to date, report this a
 class Intake:
     """The way of a delta from its announcement to being counted in.
 
-    ``merging`` is held while a delta is counted in and while a round merges, so that a delta
-    is either part of its round's merge or refused, never admitted and left out.
+    The lock of a run is held while a delta is counted in and while a merge is made after which
+    none may be left, so that a delta is either part of that merge or refused. A delta whose round
+    is over is taken while none of its pieces is staler than the run allows.
     """
 
     def __init__(
@@ -41,13 +45,13 @@ class Intake:
         home: ServerHome,
         config: ServerConfig,
         clock: Clock,
-        merging: threading.Lock,
+        locks: RunLocks,
     ) -> None:
         self._store = store
         self._home = home
         self._config = config
         self._clock = clock
-        self._merging = merging
+        self._locks = locks
 
     def expect(self, client_id: ClientId, delta: DeltaManifest) -> AssignmentRecord:
         """Check an announced delta before a byte of it is accepted.
@@ -55,7 +59,7 @@ class Intake:
         Raises:
             NotFoundError: There is no such assignment.
             NotPermittedError: It is another client's.
-            RefusedError: The round is closed, another delta was admitted, or it is too large.
+            RefusedError: It is too stale, another delta was admitted, or it is too large.
         """
         assignment = self._store.assignment(delta.id)
         if assignment.client_id != client_id:
@@ -63,7 +67,7 @@ class Intake:
                 f"assignment {delta.id} belongs to another client",
                 remedy="Use each client's home directory on one machine only.",
             )
-        self._refuse_unless_open(assignment, delta)
+        self._refuse_unless_welcome(assignment, delta)
         limit = largest_delta_bytes(self._shapes(assignment))
         if self._config.max_delta_bytes is not None:
             limit = min(limit, self._config.max_delta_bytes)
@@ -85,22 +89,26 @@ class Intake:
         """Check a complete upload, make it durable and count it in. Idempotent.
 
         Raises:
-            RefusedError: The delta breaks a rule, or its round was merged without it.
+            RefusedError: The delta breaks a rule, or is too stale by now.
             StorageError: It could not be kept; nothing changed.
         """
-        assignment = self.expect(upload.client_id, upload.delta)
+        with self._store.reading():
+            assignment = self.expect(upload.client_id, upload.delta)
         receipt = DeltaReceipt(assignment_id=assignment.assignment_id)
         if self.is_counted(assignment):
             return receipt
         self._check(assignment, upload, part)
-        with self._merging:
-            assignment = self._store.assignment(assignment.assignment_id)
-            self._refuse_unless_open(assignment, upload.delta)
+        fault_point("admission.checked")
+        with self._locks.of(assignment.run):
+            with self._store.reading():
+                assignment = self._store.assignment(assignment.assignment_id)
+                lateness = self._refuse_unless_welcome(assignment, upload.delta)
             if self.is_counted(assignment):
                 return receipt
             self._release_others(assignment)
             with disk_errors("keeping an admitted delta"):
                 replace_durably(part, self._home.delta_file(assignment.assignment_id))
+            fault_point("admission.moved")
             self._store.settle(
                 assignment.assignment_id,
                 AssignmentState.ADMITTED,
@@ -109,7 +117,8 @@ class Intake:
                 delta=upload.delta,
                 only_from=_OPEN,
             )
-        return receipt
+            fault_point("admission.recorded")
+        return receipt.model_copy(update={"staleness": lateness})
 
     def _check(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
         """Run admission; a delta that fails it settles its assignment as refused."""
@@ -139,7 +148,12 @@ class Intake:
         )
 
     def _others(self, assignment: AssignmentRecord) -> list[AssignmentRecord]:
-        """Give what else the same client was assigned in the same round, after a failure."""
+        """Give what else the same client was assigned in the same round, after a failure.
+
+        A buffered run has no such rule: there a quick client delivers as often as it can.
+        """
+        if self._store.run(assignment.run).spec.mode == "buffered":
+            return []
         return [
             other
             for other in self._store.assignments_of(
@@ -159,11 +173,17 @@ class Intake:
                     now=self._clock.now(),
                 )
 
-    def _refuse_unless_open(self, assignment: AssignmentRecord, delta: DeltaManifest) -> None:
-        """Let pass an unsettled assignment of an open round, and a repeat of what is counted."""
+    def _refuse_unless_welcome(
+        self, assignment: AssignmentRecord, delta: DeltaManifest
+    ) -> int | None:
+        """Let pass what may be merged, and a repeat of what is counted.
+
+        Returns:
+            How stale a delta is that comes after its round; None when it is not late.
+        """
         if self.is_counted(assignment):
             if assignment.delta is not None and assignment.delta.sha256 == delta.sha256:
-                return
+                return None
             raise RefusedError(
                 ProblemCode.DELTA_CONFLICT,
                 "another delta of this assignment was admitted before",
@@ -181,14 +201,34 @@ class Intake:
                 f"this assignment's delta was refused before: {assignment.detail}",
                 remedy="Nothing to do; the client gets a new assignment in the next round.",
             )
-        current = self._store.current_round(assignment.run)
-        is_active = self._store.run(assignment.run).state in {RunState.RUNNING, RunState.PAUSED}
-        if not is_active or current is None or current.number != assignment.round_number:
+        return self._refuse_when_over(assignment)
+
+    def _refuse_when_over(self, assignment: AssignmentRecord) -> int | None:
+        """Let pass a delta of a run that goes on, unless one of its pieces is too stale."""
+        run = self._store.run(assignment.run)
+        ended = f"round {assignment.round_number} of run {run.run} ended without this delta"
+        if run.state not in {RunState.RUNNING, RunState.PAUSED}:
             raise RefusedError(
                 ProblemCode.ROUND_CLOSED,
-                f"round {assignment.round_number} of run {assignment.run} ended without this delta",
-                remedy="Nothing to do here; a longer --deadline-s would give slow sites more time.",
+                f"{ended}: the run is {run.state}",
+                remedy="Nothing to do; a run that is over takes no deltas.",
             )
+        latest = self._store.revision(run.run)
+        base = self._store.revision(run.run, assignment.manifest.revision.number)
+        pieces = trained_pieces(assignment.manifest.trained_layer_ids)
+        stale = staleness(pieces, base.version_by_piece, latest.version_by_piece)
+        piece = max(pieces, key=stale.__getitem__)
+        if stale[piece] > run.spec.staleness_limit:
+            raise RefusedError(
+                ProblemCode.ROUND_CLOSED,
+                f"{ended}: {piece} was merged {stale[piece]} times since revision "
+                f"{base.manifest.number}, and the run takes a staleness of at most "
+                f"{run.spec.staleness_limit}",
+                remedy="Nothing to do here; a longer --deadline-s or a larger --max-staleness of "
+                "the run would let slow sites count.",
+            )
+        is_on_time = latest.manifest.number < assignment.round_number
+        return None if is_on_time else stale[piece]
 
     def _shapes(self, assignment: AssignmentRecord) -> dict[str, Shape]:
         spec = self._store.model(self._store.run(assignment.run).model_id).spec

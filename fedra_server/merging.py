@@ -1,26 +1,28 @@
 """Merges deltas of one piece into its next state. Pure, exact in its order.
 
-For layer l with holders S_l (the participants whose delta has it) and weights w_i:
+For a piece with holders S (the deltas that have it and are merged now) and weights w_i:
 
-    next_l = base_l + sum(w_i * delta_il for i in S_l) / sum(w_i for i in S_l)
+    mean = sum(w_i * delta_i for i in S) / sum(w_i for i in S)
 
-which is FedRA's per-layer aggregation (arXiv 2311.11227, section 3) when all weights are equal.
-A layer without holders is not merged at all: its blob stays the one it was.
+and the server optimizer moves the piece by it; with plain averaging, next = base + mean, which is
+FedRA's per-layer aggregation (arXiv 2311.11227, section 3) when all weights are equal. A delta
+that is stale, because the piece was merged since it was trained, weighs less (FedBuff, arXiv
+2106.06639). A piece without holders is not merged at all: its blob stays the one it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedra_edge.protocol.ids import AssignmentId
+from fedra_edge.protocol.layers import HEAD
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_server.runs import MergeWeighting
+from fedra_server.runs import RunSpec, ServerOptimizerSpec
+from fedra_server.server_optimizers import Float64Array, move
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Contributor:
     """What a merge must know of a delta besides its tensors."""
 
@@ -29,61 +31,68 @@ class Contributor:
     chance: float
 
 
-def layer_weight(weighting: MergeWeighting, contributor: Contributor, cap: float) -> float:
-    """Weigh a contributor within the holders of a layer; only ratios matter.
+@dataclass(frozen=True)
+class PieceState:
+    """A piece's tensors by full name, and the moments of each tensor; none before its first."""
+
+    tensors: Mapping[str, FloatArray]
+    moments: Mapping[str, Mapping[str, FloatArray]]
+
+
+def piece_weight(spec: RunSpec, contributor: Contributor, piece: str, staleness: int) -> float:
+    """Weigh a contributor within the holders of a piece; only ratios matter.
 
     ``inverse_chance`` is the Horvitz-Thompson weight 1 / chance, capped, self-normalised by the
-    merge; it stops machines that hold many layers from dominating each of them.
+    merge; it stops machines that hold many layers from dominating each of them. The head is held
+    by every participant.
     """
-    match weighting:
-        case "uniform":
-            return 1.0
+    decay = float((1.0 + staleness) ** -spec.staleness_exponent)
+    match spec.merge_weighting:
         case "num_examples":
-            return float(contributor.num_examples)
-        case "inverse_chance":
-            return min(1.0 / contributor.chance, cap)
+            return contributor.num_examples * decay
+        case "inverse_chance" if piece != HEAD:
+            return min(1.0 / contributor.chance, spec.max_inverse_chance) * decay
+        case "uniform" | "inverse_chance":
+            return decay
 
 
-def head_weight(weighting: MergeWeighting, contributor: Contributor) -> float:
-    """Weigh a contributor for the head, which every participant holds."""
-    return float(contributor.num_examples) if weighting == "num_examples" else 1.0
-
-
-def in_merge_order(contributors: Iterable[Contributor]) -> list[Contributor]:
-    """Fix the order of summation, so that the order of arrival leaves no trace in any bit."""
-    return sorted(contributors, key=lambda contributor: contributor.assignment_id)
-
-
-def merge_tensor(
-    base: FloatArray, weighted_deltas: Iterable[tuple[float, FloatArray]]
-) -> FloatArray:
-    """Add the weighted mean of the deltas to the base; sums are kept in float64.
+def weight_sum(weights: Iterable[float]) -> float:
+    """Add up the weights of a piece's holders, one after the other.
 
     Raises:
-        ValueError: There is no delta, or the weights sum to zero.
+        ValueError: There is none, or they sum to zero.
     """
-    total = np.zeros(base.shape, dtype=np.float64)
-    weight_sum = 0.0
-    for weight, delta in weighted_deltas:
-        total += weight * delta.astype(np.float64)
-        weight_sum += weight
-    if weight_sum <= 0:
+    total = 0.0
+    for weight in weights:
+        total += weight
+    if total <= 0:
         raise ValueError("a merge needs at least one delta of positive weight")
-    return (base.astype(np.float64) + total / weight_sum).astype(np.float32)
+    return total
 
 
 def merge_piece(
-    base: Mapping[str, FloatArray],
-    contributions: Sequence[tuple[float, Callable[[str], FloatArray]]],
-) -> dict[str, FloatArray]:
-    """Merge every tensor of a piece.
+    base: PieceState,
+    sums: Mapping[str, Float64Array],
+    weights: Iterable[float],
+    optimizer: ServerOptimizerSpec,
+) -> PieceState:
+    """Move every tensor of a piece by the mean of its deltas.
 
     Args:
         base: The piece's present state.
-        contributions: In merge order, each holder's weight and the reader of its tensors, so
-            that only one tensor of one delta is in memory at a time.
+        sums: Weight times delta, added up over the holders, of every tensor.
+        weights: Of the holders, in the order in which they were added.
+        optimizer: How a mean moves a tensor.
     """
-    return {
-        name: merge_tensor(tensor, ((weight, read(name)) for weight, read in contributions))
-        for name, tensor in base.items()
-    }
+    divisor = weight_sum(weights)
+    moved = {
+        name: move(
+            optimizer, tensor, sums[name].reshape(tensor.shape) / divisor,
+            base.moments.get(name, {}),
+        )
+        for name, tensor in base.tensors.items()
+    }  # fmt: skip
+    return PieceState(
+        {name: tensor for name, (tensor, _) in moved.items()},
+        {name: moments for name, (_, moments) in moved.items() if moments},
+    )

@@ -64,14 +64,19 @@ def plan_round(
     run: RunSpec,
     last_trained: Sequence[int],
     generator: np.random.Generator,
+    *,
+    places: int | None = None,
 ) -> list[PlannedSlice]:
     """Fit every candidate, draw the allocation matrix, and cut one slice per participant.
 
-    Candidates whose machine does not fit are left out. The result does not depend on the order
-    of the candidates.
+    Candidates whose machine does not fit are left out; when more fit than there are ``places``,
+    the cohort is drawn from them, each with the same chance. The result does not depend on the
+    order of the candidates.
     """
     fits = _fits(candidates, spec, run)
     works = {client_id: fit for client_id, fit in sorted(fits.items()) if isinstance(fit, Work)}
+    if places is not None and places < len(works):
+        works = _cohort(works, max(places, 0), generator)
     machines = {item.client_id: _machine(item, spec, run) for item in candidates}
     budgets = {client_id: work.num_layers for client_id, work in works.items()}
     matrix = draw_allocation(run.allocation, budgets, last_trained, generator)
@@ -97,6 +102,14 @@ def _fits(
         candidate.client_id: fit_work(candidate.profile, candidate.calibration, spec, run.terms)
         for candidate in candidates
     }
+
+
+def _cohort(
+    works: dict[ClientId, Work], size: int, generator: np.random.Generator
+) -> dict[ClientId, Work]:
+    client_ids = sorted(works)
+    drawn = generator.choice(len(client_ids), size=size, replace=False)
+    return {client_ids[index]: works[client_ids[index]] for index in sorted(drawn.tolist())}
 
 
 def _machine(candidate: Candidate, spec: ModelSpec, run: RunSpec) -> Machine:

@@ -29,6 +29,7 @@ from fedra_edge.protocol.slices import Depth, Residency
 from fedra_server.choosing import Population
 from fedra_server.planning import PlannedSlice, plan_round, round_generator
 from fedra_server.reporting import READY
+from fedra_server.rounds import draw_size
 from fedra_server.runs import AssignmentState, RunSpec, RunState
 from fedra_server.storage.histories import RunHistory
 from fedra_server.storage.records import ClientRecord
@@ -87,19 +88,26 @@ class RoundPreview(_Preview):
         return sum(client.reason == READY for client in self.clients)
 
 
-def preview_round(history: RunHistory, seen_since: float) -> RoundPreview:
+def preview_round(history: RunHistory, seen_since: float, now: float = 0.0) -> RoundPreview:
     """Plan the next round as the coordinator would if it opened it now.
 
     A round that is under way is taken to end well, so its participants are free for the next.
     """
     run, spec = history.run, history.model.spec
     number = _next_number(history)
-    population = history.population(seen_since)
+    population = history.population(seen_since, now)
     planned: list[PlannedSlice] = []
     if number is not None:
         generator = round_generator(run.spec, number, 0)
         candidates = population.candidates(run.run)
-        planned = plan_round(candidates, spec, run.spec, _last_trained(history), generator)
+        planned = plan_round(
+            candidates,
+            spec,
+            run.spec,
+            _last_trained(history),
+            generator,
+            places=draw_size(run.spec),
+        )
     drawn = {item.client_id: item for item in planned}
     return RoundPreview(
         run=run.run,

@@ -1,138 +1,171 @@
-"""Makes revisions: the untrained first one, and the one that a round's deltas merge into.
+"""Makes revisions: the untrained first one, and those that deltas merge into.
 
 Each layer's adapters are a blob of their own, so a layer that nobody trained keeps its blob and
-with it every bit.
+with it every bit. So does the server optimizer's state of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
-from fedra_edge.protocol.ids import LayerId, RevisionNumber, RunId
+from fedra_edge.protocol.fault_points import fault_point
+from fedra_edge.protocol.ids import AssignmentId, LayerId, RevisionNumber, RunId
 from fedra_edge.protocol.layers import HEAD, LORA_A, TensorKey, layer_piece
 from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.slices import RevisionManifest
-from fedra_edge.protocol.tensors import (
-    FloatArray,
-    TensorInfo,
-    read_header,
-    read_tensor,
-    read_tensors,
-    serialize_tensors,
-)
-from fedra_server.merging import (
-    Contributor,
-    head_weight,
-    in_merge_order,
-    layer_weight,
-    merge_piece,
-)
+from fedra_edge.protocol.tensors import FloatArray, read_tensors, serialize_tensors
+from fedra_server.merging import Contributor, PieceState, piece_weight
+from fedra_server.piecewise import flat_moments, merged_pieces
 from fedra_server.runs import RunSpec
 from fedra_server.storage.blobs import BlobStore
-from fedra_server.storage.records import RevisionRecord
+from fedra_server.storage.records import MergeRecord, RevisionRecord
+
+_WRITERS: Final = 4
+"""Blobs are written side by side, so that the disk can sync several at once."""
 
 
-@dataclass(frozen=True)
-class Contribution:
-    """An admitted delta: who made it, which layers it trained, and its file."""
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """An admitted delta: who made it, which of its pieces are not merged yet, and its file.
+
+    ``base_versions`` are those of the revision that it was trained from.
+    """
 
     contributor: Contributor
-    layer_ids: tuple[LayerId, ...]
+    pieces: tuple[str, ...]
+    base_versions: tuple[int, ...]
     path: Path
 
 
-def initial_revision(
-    spec: ModelSpec, run: RunId, run_spec: RunSpec, blobs: BlobStore, now: float
-) -> RevisionRecord:
-    """Publish revision 0, which changes nothing: lora_b is zero, the head is the base's.
+@lru_cache(maxsize=1024)
+def trained_pieces(layer_ids: tuple[LayerId, ...]) -> tuple[str, ...]:
+    """Name the pieces of the delta of a slice that trains these layers."""
+    return (*(layer_piece(layer_id) for layer_id in layer_ids), HEAD)
+
+
+def initial_pieces(
+    spec: ModelSpec, run_spec: RunSpec, blobs: BlobStore
+) -> Iterator[dict[str, FloatArray]]:
+    """Give the tensors that each piece starts from: lora_b is zero, the head is the base's.
 
     ``lora_a`` is uniform in +-1/sqrt(in_features), the distribution that peft starts from.
     """
     generator = np.random.default_rng([run_spec.seed, 0])
-    layers = []
     for layer_id in spec.layer_ids:
         tensors: dict[str, FloatArray] = {}
         for name, shape in spec.layer_adapter_shapes(run_spec.adapter, layer_id).items():
             bound = 1 / math.sqrt(shape[1]) if name.endswith(LORA_A) else 0.0
             tensors[name] = generator.uniform(-bound, bound, size=shape).astype(np.float32)
-        layers.append(blobs.put_bytes(serialize_tensors(tensors)))
+        yield tensors
     base_head = read_tensors(blobs.path(spec.head.weights.sha256))
-    head = {str(TensorKey(HEAD, name)): base_head[name] for name in spec.head_parameters}
-    manifest = RevisionManifest(
-        number=RevisionNumber(0),
-        layers=tuple(layers),
-        head=blobs.put_bytes(serialize_tensors(head)),
+    yield {str(TensorKey(HEAD, name)): base_head[name] for name in spec.head_parameters}
+
+
+def initial_revision(
+    spec: ModelSpec, run: RunId, run_spec: RunSpec, blobs: BlobStore, now: float
+) -> RevisionRecord:
+    """Publish revision 0, which changes nothing."""
+    pieces = initial_pieces(spec, run_spec, blobs)
+    *layers, head = [blobs.put_bytes(serialize_tensors(tensors)) for tensors in pieces]
+    versions = (0,) * (spec.num_layers + 1)
+    return RevisionRecord(
+        run=run,
+        manifest=RevisionManifest(
+            number=RevisionNumber(0), layers=tuple(layers), head=head, versions=versions
+        ),
+        last_trained=(0,) * spec.num_layers,
+        published_at=now,
+        versions=versions,
+        moments=(None,) * len(versions),
     )
-    return RevisionRecord(run, manifest, (0,) * spec.num_layers, now)
 
 
 def merged_revision(
     base: RevisionRecord,
-    contributions: Sequence[Contribution],
+    arrivals: Sequence[Arrival],
     run_spec: RunSpec,
     blobs: BlobStore,
     *,
-    round_number: int,
+    now: float,
+    due_pieces: Collection[str] | None = None,
+) -> tuple[RevisionRecord, list[MergeRecord]]:
+    """Merge what arrived of the due pieces, by default of all, into the revision after ``base``.
+
+    Raises:
+        ValueError: Nothing arrived of any due piece.
+    """
+    merges = weigh(base, arrivals, run_spec, due_pieces)
+    if not merges:
+        raise ValueError("a revision needs at least one delta of a piece that is due")
+    paths = {arrival.contributor.assignment_id: arrival.path for arrival in arrivals}
+    return apply_merges(base, merges, paths.__getitem__, run_spec, blobs, now=now), merges
+
+
+def weigh(
+    base: RevisionRecord,
+    arrivals: Sequence[Arrival],
+    run_spec: RunSpec,
+    due_pieces: Collection[str] | None = None,
+) -> list[MergeRecord]:
+    """Say what the next revision merges and how heavy, whatever the order of arrival."""
+    place = {piece: index for index, piece in enumerate(base.pieces)}
+    merges = []
+    for arrival in sorted(arrivals, key=lambda arrival: arrival.contributor.assignment_id):
+        for piece in arrival.pieces:
+            if due_pieces is None or piece in due_pieces:
+                index = place[piece]
+                staleness = base.versions[index] - arrival.base_versions[index]
+                weight = piece_weight(run_spec, arrival.contributor, piece, staleness)
+                merges.append(
+                    MergeRecord(
+                        arrival.contributor.assignment_id, piece, base.run,
+                        base.manifest.number + 1, weight, staleness,
+                    )
+                )  # fmt: skip
+    return merges
+
+
+def apply_merges(
+    base: RevisionRecord,
+    merges: Sequence[MergeRecord],
+    delta_file: Callable[[AssignmentId], Path],
+    run_spec: RunSpec,
+    blobs: BlobStore,
+    *,
     now: float,
 ) -> RevisionRecord:
-    """Merge a round's deltas into the revision after ``base``, one piece at a time."""
-    readers = _Readers(contributions)
-    weighting, cap = run_spec.merge_weighting, run_spec.max_inverse_chance
-    layers = list(base.manifest.layers)
-    last_trained = list(base.last_trained)
-    for layer_id, blob in enumerate(base.manifest.layers):
-        weights = {
-            contribution: layer_weight(weighting, contribution.contributor, cap)
-            for contribution in readers.contributions
-            if layer_id in contribution.layer_ids
-        }
-        if weights:
-            layers[layer_id] = readers.merge(layer_piece(LayerId(layer_id)), blob, weights, blobs)
-            last_trained[layer_id] = round_number
-    head_weights = {
-        contribution: head_weight(weighting, contribution.contributor)
-        for contribution in readers.contributions
-    }
+    """Make the revision after ``base`` out of weighed deltas, and store its blobs."""
+    number = RevisionNumber(base.manifest.number + 1)
+    pieces, moments = list(base.blobs), list(base.moments)
+    last_trained, versions = list(base.last_trained), list(base.versions)
+    optimizer = run_spec.server_optimizer
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        for states in merged_pieces(base, merges, delta_file, optimizer, blobs):
+            stored = writers.map(lambda state: _store(state, blobs), states.values())
+            for index, (piece, moment) in zip(states, stored, strict=True):
+                pieces[index], moments[index] = piece, moment
+                versions[index] += 1
+                if index < len(last_trained):
+                    last_trained[index] = number
+                fault_point("merge.piece")
     manifest = RevisionManifest(
-        number=RevisionNumber(base.manifest.number + 1),
-        layers=tuple(layers),
-        head=readers.merge(HEAD, base.manifest.head, head_weights, blobs),
+        number=number, layers=tuple(pieces[:-1]), head=pieces[-1], versions=tuple(versions)
     )
-    return RevisionRecord(base.run, manifest, tuple(last_trained), now)
+    return RevisionRecord(
+        base.run, manifest, tuple(last_trained), now, tuple(versions), tuple(moments)
+    )
 
 
-class _Readers:
-    """The deltas of a round in merge order, with their headers read once."""
-
-    def __init__(self, contributions: Sequence[Contribution]) -> None:
-        by_id = {item.contributor.assignment_id: item for item in contributions}
-        ordered = in_merge_order(item.contributor for item in contributions)
-        self.contributions = [by_id[contributor.assignment_id] for contributor in ordered]
-        self._headers = {item: read_header(item.path) for item in self.contributions}
-
-    def merge(
-        self, piece: str, base: BlobRef, weights: Mapping[Contribution, float], blobs: BlobStore
-    ) -> BlobRef:
-        """Merge one piece and store it; the base is unchanged on disk."""
-        tensors = read_tensors(blobs.path(base.sha256))
-        if any(TensorKey.parse(name).piece != piece for name in tensors):
-            raise ValueError(f"blob {base.sha256} does not hold {piece}")
-        readers = [(weight, self._reader(item)) for item, weight in weights.items()]
-        return blobs.put_bytes(serialize_tensors(merge_piece(tensors, readers)))
-
-    def _reader(self, contribution: Contribution) -> _TensorReader:
-        return _TensorReader(contribution.path, self._headers[contribution])
-
-
-@dataclass(frozen=True)
-class _TensorReader:
-    path: Path
-    infos: Mapping[str, TensorInfo]
-
-    def __call__(self, name: str) -> FloatArray:
-        return read_tensor(self.path, self.infos[name])
+def _store(state: PieceState, blobs: BlobStore) -> tuple[BlobRef, BlobRef | None]:
+    piece = blobs.put_bytes(serialize_tensors(state.tensors))
+    if not state.moments:
+        return piece, None
+    return piece, blobs.put_bytes(serialize_tensors(flat_moments(state)))

@@ -1,26 +1,4 @@
-"""What a run achieved so far, computed from its records: the one source of every display.
-
-``RunReport.model_dump_json()`` is stable: fields may be added, none is renamed or removed.
-Bytes are bytes, times ``*_s`` are seconds, times ``*_at`` are seconds since the epoch, layers
-are global ids and ``coverage[i]`` belongs to layer i. In full:
-
-    run, state, model, spec, num_layers, rounds_planned, rounds_published, revision
-    round: null or {number, base_revision, draws, opened_at, deadline_at, participants: [
-        {client_id, name, state, trained_layer_ids, depth, residency, micro_batch, steps,
-         predicted_peak_bytes, reason, detail}]}; of a stopped run the round that it ended with,
-        which is never published
-    waiting: [{name, reason}], while the run is running: who is online and has no part in the
-        open round, or in none because none is open; reason is "ready", or why it cannot take
-        part: "not calibrated yet", "at work for another run", or what its machine lacks
-    coverage: [how often each layer was trained, over all published rounds]
-    rounds: [{number, published_at, coverage, participants, merged, num_examples, mean_loss}]
-    accuracy: [{revision, pooled, sites: {client_id: ...}}] with, for pooled and each site,
-        {num_examples, num_correct, accuracy, mean_loss}
-    clients: [{client_id, name, has_left, rounds_merged, layers_trained, num_examples,
-        bytes_received, bytes_sent, peak_memory_bytes, predicted_peak_bytes, train_s,
-        last_delta: null or {round_number, residency, micro_batch, predicted_peak_bytes,
-            peak_memory_bytes, step_downs}, how its latest delta was trained and what that took}]
-"""
+"""What a run achieved so far, computed from its records: the one source of every display."""
 
 from __future__ import annotations
 
@@ -29,146 +7,40 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
-
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.ids import ClientId, LayerId
+from fedra_edge.protocol.layers import layer_piece
 from fedra_edge.protocol.rounds import Evaluation
-from fedra_edge.protocol.slices import Depth, Residency
+from fedra_server.choosing import resting
 from fedra_server.planning import find_unfit
-from fedra_server.runs import AssignmentState, RunSpec, RunState
+from fedra_server.reports import (
+    Accuracy,
+    BufferReport,
+    ClientReport,
+    DeltaReport,
+    OpenRoundReport,
+    ParticipantReport,
+    PublishedRoundReport,
+    RestingReport,
+    RevisionReport,
+    RunReport,
+    WaitingReport,
+)
+from fedra_server.rounds import WaitingDelta
+from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.histories import RunHistory
+from fedra_server.storage.progress import MergeSummary
 from fedra_server.storage.records import AssignmentRecord, ClientRecord, RoundRecord
 
 READY: Final = "ready"
+_COUNTING: Final = frozenset({AssignmentState.PENDING, AssignmentState.ADMITTED})
 
 
-class _Report(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ParticipantReport(_Report):
-    """One participant of the open round."""
-
-    client_id: ClientId
-    name: str
-    state: AssignmentState
-    trained_layer_ids: tuple[LayerId, ...]
-    depth: Depth
-    residency: Residency
-    micro_batch: int
-    steps: int
-    predicted_peak_bytes: int
-    reason: str
-    detail: str
-
-
-class OpenRoundReport(_Report):
-    """The round that is under way."""
-
-    number: int
-    base_revision: int
-    draws: int
-    opened_at: float
-    deadline_at: float
-    participants: tuple[ParticipantReport, ...]
-
-
-class WaitingReport(_Report):
-    """A member that is there and has no part in the round; the reason says why."""
-
-    name: str
-    reason: str
-
-
-class PublishedRoundReport(_Report):
-    """A round that is over; ``mean_loss`` is over its merged deltas' last steps, by examples."""
-
-    number: int
-    published_at: float
-    coverage: tuple[int, ...]
-    participants: int
-    merged: int
-    num_examples: int
-    mean_loss: float | None
-
-
-class Accuracy(_Report):
-    """Counts on held-out examples, and what follows from them."""
-
-    num_examples: int
-    num_correct: int
-    accuracy: float
-    mean_loss: float
-
-
-class RevisionReport(_Report):
-    """The accuracy of a revision: at each site that reported, and over all their examples."""
-
-    revision: int
-    pooled: Accuracy
-    sites: dict[ClientId, Accuracy]
-
-
-class DeltaReport(_Report):
-    """How a delta was trained in the end; its peak was promised, then measured."""
-
-    round_number: int
-    residency: Residency
-    micro_batch: int
-    predicted_peak_bytes: int
-    peak_memory_bytes: int
-    step_downs: tuple[str, ...]
-
-
-class ClientReport(_Report):
-    """What a client contributed and what it cost; its peak is the highest it ever reported."""
-
-    client_id: ClientId
-    name: str
-    has_left: bool
-    rounds_merged: int
-    layers_trained: int
-    num_examples: int
-    bytes_received: int
-    bytes_sent: int
-    peak_memory_bytes: int
-    predicted_peak_bytes: int
-    train_s: float
-    last_delta: DeltaReport | None
-
-
-class RunReport(_Report):
-    """A run so far; the module says what each field holds."""
-
-    run: str
-    state: RunState
-    model: str
-    spec: RunSpec
-    num_layers: int
-    rounds_planned: int
-    rounds_published: int
-    revision: int
-    round: OpenRoundReport | None
-    waiting: tuple[WaitingReport, ...]
-    coverage: tuple[int, ...]
-    rounds: tuple[PublishedRoundReport, ...]
-    accuracy: tuple[RevisionReport, ...]
-    clients: tuple[ClientReport, ...]
-
-
-def report_run(history: RunHistory, seen_since: float = 0.0) -> RunReport:
-    """Compute the report of a run; a client last seen before ``seen_since`` is not there."""
+def report_run(history: RunHistory, seen_since: float = 0.0, now: float = 0.0) -> RunReport:
+    """Compute the report of a run at a moment; who was last seen before another is not there."""
     num_layers = history.model.spec.num_layers
     names = {client.client_id: client.name for client in history.clients}
-    by_round: dict[int, list[AssignmentRecord]] = defaultdict(list)
-    for assignment in history.assignments:
-        by_round[assignment.round_number].append(assignment)
-    published = tuple(
-        _published_round(record, record.published_at, by_round[record.number], num_layers)
-        for record in history.rounds
-        if record.published_at is not None
-    )
+    published = _published_rounds(history)
     under_way = [record for record in history.rounds if record.published_at is None]
     return RunReport(
         run=history.run.run,
@@ -179,8 +51,10 @@ def report_run(history: RunHistory, seen_since: float = 0.0) -> RunReport:
         rounds_planned=history.run.spec.rounds,
         rounds_published=len(published),
         revision=max(record.manifest.number for record in history.revisions),
-        round=_open_round(under_way[0], by_round, names) if under_way else None,
-        waiting=_waiting(history, under_way, seen_since),
+        round=_open_round(under_way[0], history.assignments, names) if under_way else None,
+        buffer=_buffer(history.waiting),
+        resting=_resting(history, names, now),
+        waiting=_waiting(history, under_way, seen_since, now),
         coverage=_sum_per_layer((record.coverage for record in published), num_layers),
         rounds=published,
         accuracy=_accuracy(history),
@@ -190,16 +64,21 @@ def report_run(history: RunHistory, seen_since: float = 0.0) -> RunReport:
 
 def _open_round(
     record: RoundRecord,
-    by_round: Mapping[int, Sequence[AssignmentRecord]],
+    assignments: Iterable[AssignmentRecord],
     names: Mapping[ClientId, str],
 ) -> OpenRoundReport:
+    """Tell of a round's participants, and of earlier ones whose work or delta still counts."""
     return OpenRoundReport(
         number=record.number,
         base_revision=record.base_revision,
         draws=record.draws,
         opened_at=record.opened_at,
         deadline_at=record.deadline_at,
-        participants=tuple(_participant(it, names) for it in by_round.get(record.number, ())),
+        participants=tuple(
+            _participant(it, names)
+            for it in assignments
+            if it.round_number == record.number or it.state in _COUNTING
+        ),
     )
 
 
@@ -208,6 +87,7 @@ def _participant(record: AssignmentRecord, names: Mapping[ClientId, str]) -> Par
     return ParticipantReport(
         client_id=record.client_id,
         name=names[record.client_id],
+        round_number=record.round_number,
         state=record.state,
         trained_layer_ids=manifest.trained_layer_ids,
         depth=manifest.depth,
@@ -221,13 +101,18 @@ def _participant(record: AssignmentRecord, names: Mapping[ClientId, str]) -> Par
 
 
 def _waiting(
-    history: RunHistory, under_way: Sequence[RoundRecord], seen_since: float
+    history: RunHistory, under_way: Sequence[RoundRecord], seen_since: float, now: float
 ) -> tuple[WaitingReport, ...]:
     run = history.run
     if run.state is not RunState.RUNNING:
         return ()
     numbers = {record.number for record in under_way}
-    taking_part = {it.client_id for it in history.assignments if it.round_number in numbers}
+    is_buffered = run.spec.mode == "buffered"
+    taking_part = {
+        it.client_id
+        for it in history.assignments
+        if it.state is AssignmentState.PENDING or (it.round_number in numbers and not is_buffered)
+    }
     there = [
         client
         for client in history.clients
@@ -235,7 +120,7 @@ def _waiting(
         and client.run in {None, run.run}
         and client.client_id not in taking_part
     ]
-    population = replace(history.population(seen_since), clients=there)
+    population = replace(history.population(seen_since, now), clients=there)
     unfit = find_unfit(population.candidates(run.run), history.model.spec, run.spec)
     return tuple(
         WaitingReport(
@@ -246,33 +131,74 @@ def _waiting(
     )
 
 
-def _published_round(
-    record: RoundRecord,
-    published_at: float,
-    assignments: Sequence[AssignmentRecord],
-    num_layers: int,
-) -> PublishedRoundReport:
-    merged = [it for it in assignments if it.state is AssignmentState.MERGED]
-    deltas = [it.delta for it in merged if it.delta is not None]
-    num_examples = sum(delta.num_examples for delta in deltas)
-    loss_sum = sum(delta.report.last_loss * delta.num_examples for delta in deltas)
-    return PublishedRoundReport(
-        number=record.number,
-        published_at=published_at,
-        coverage=_coverage(merged, num_layers),
-        participants=len({it.client_id for it in assignments}),
-        merged=len(merged),
-        num_examples=num_examples,
-        mean_loss=loss_sum / num_examples if num_examples else None,
+def _buffer(waiting: Iterable[WaitingDelta]) -> tuple[BufferReport, ...]:
+    since: dict[str, list[float]] = defaultdict(list)
+    for delta in waiting:
+        for piece in delta.pieces:
+            since[piece].append(delta.admitted_at)
+    return tuple(
+        BufferReport(piece=piece, deltas=len(since[piece]), oldest_at=min(since[piece]))
+        for piece in sorted(since, key=lambda piece: (len(piece), piece))
     )
 
 
-def _coverage(merged: Iterable[AssignmentRecord], num_layers: int) -> tuple[int, ...]:
-    counts = [0] * num_layers
-    for assignment in merged:
-        for layer_id in assignment.manifest.trained_layer_ids:
-            counts[layer_id] += 1
-    return tuple(counts)
+def _resting(
+    history: RunHistory, names: Mapping[ClientId, str], now: float
+) -> tuple[RestingReport, ...]:
+    return tuple(
+        RestingReport(
+            client_id=client_id,
+            name=names[client_id],
+            failures=history.setbacks[client_id].failures,
+            until_at=history.setbacks[client_id].rests_until,
+            reason=history.setbacks[client_id].detail,
+        )
+        for client_id in resting(history.setbacks, now)
+    )
+
+
+def _published_rounds(history: RunHistory) -> tuple[PublishedRoundReport, ...]:
+    participants: dict[int, set[ClientId]] = defaultdict(set)
+    deltas: dict[int, list[DeltaManifest]] = defaultdict(list)
+    for assignment in history.assignments:
+        participants[assignment.round_number].add(assignment.client_id)
+        merged_in = history.merged_in.get(assignment.assignment_id)
+        if merged_in is not None and assignment.delta is not None:
+            deltas[merged_in].append(assignment.delta)
+    merges: dict[int, list[MergeSummary]] = defaultdict(list)
+    for summary in history.merges:
+        merges[summary.revision].append(summary)
+    return tuple(
+        PublishedRoundReport(
+            number=record.number,
+            published_at=record.published_at,
+            coverage=_coverage(merges[record.number], history.model.spec.num_layers),
+            participants=len(participants[record.number]),
+            merged=len(deltas[record.number]),
+            num_examples=sum(delta.num_examples for delta in deltas[record.number]),
+            mean_loss=_mean_loss(deltas[record.number]),
+            mean_staleness=_mean_staleness(merges[record.number]),
+            max_staleness=max((it.max_staleness for it in merges[record.number]), default=0),
+        )
+        for record in history.rounds
+        if record.published_at is not None
+    )
+
+
+def _mean_loss(deltas: Sequence[DeltaManifest]) -> float | None:
+    num_examples = sum(delta.num_examples for delta in deltas)
+    loss_sum = sum(delta.report.last_loss * delta.num_examples for delta in deltas)
+    return loss_sum / num_examples if num_examples else None
+
+
+def _mean_staleness(merges: Sequence[MergeSummary]) -> float:
+    pieces = sum(it.deltas for it in merges)
+    return sum(it.total_staleness for it in merges) / pieces if pieces else 0.0
+
+
+def _coverage(merges: Iterable[MergeSummary], num_layers: int) -> tuple[int, ...]:
+    counts = {it.piece: it.deltas for it in merges}
+    return tuple(counts.get(layer_piece(LayerId(layer)), 0) for layer in range(num_layers))
 
 
 def _sum_per_layer(rows: Iterable[tuple[int, ...]], num_layers: int) -> tuple[int, ...]:

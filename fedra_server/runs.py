@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedra_edge.protocol.fitting import DepthPolicy, Terms
 from fedra_edge.protocol.models import AdapterSpec, PieceGraphs
@@ -13,6 +13,11 @@ from fedra_edge.protocol.slices import TrainingSpec
 
 AllocationScheme = Literal["balanced", "independent"]
 MergeWeighting = Literal["uniform", "num_examples", "inverse_chance"]
+RunMode = Literal["synchronous", "buffered"]
+ServerOptimizerKind = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
+
+_BUFFERED_STALENESS: Final = 20
+_ADAPTIVE_RATE: Final = 0.01
 
 
 class RunState(StrEnum):
@@ -36,6 +41,35 @@ class AssignmentState(StrEnum):
     EXPIRED = "expired"
 
 
+class ServerOptimizerSpec(BaseModel):
+    """How a merged mean of deltas moves a piece (arXiv 2003.00295, Algorithm 2).
+
+    ``fedavg`` adds it, ``fedavgm`` with momentum; ``fedadam`` and ``fedyogi`` divide by the root
+    of a running variance plus ``tau``. ``momentum`` is their beta 1. ``learning_rate`` None is
+    1 for the first two and 0.01 for the others, whose steps do not shrink with the deltas.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ServerOptimizerKind = "fedavg"
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Tell whether steps are divided by a running variance."""
+        return self.kind in {"fedadam", "fedyogi"}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that holds."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return _ADAPTIVE_RATE if self.is_adaptive else 1.0
+
+
 class RunSpec(BaseModel):
     """Everything that defines a run; the defaults are the paper's where the paper has one.
 
@@ -45,6 +79,13 @@ class RunSpec(BaseModel):
     ``inverse_chance``, the inverse of a participant's chance to hold a layer, capped at
     ``max_inverse_chance``. ``max_layers`` caps the layers that any participant trains. ``graphs``
     compute the pieces on clients without PyTorch, with adapters on this run's targets.
+
+    ``mode``: ``synchronous`` merges a round's deltas together; ``buffered`` waits for nobody: a
+    piece merges when ``buffer_size`` deltas wait for it or the oldest has waited ``deadline_s``.
+    A delta weighs ``(1 + staleness) ** -staleness_exponent`` as much (FedBuff, arXiv 2106.06639)
+    and is refused beyond ``max_staleness``; None is 0 when synchronous and 20 when buffered.
+    ``cohort_size`` None draws all that are there; else ``over_provisioning`` is the fraction
+    drawn beyond it, and a round merges as soon as ``cohort_size`` deltas are admitted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +102,28 @@ class RunSpec(BaseModel):
     max_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     graphs: PieceGraphs | None = None
+    mode: RunMode = "synchronous"
+    buffer_size: Annotated[int, Field(ge=1, le=100_000)] = 2
+    max_staleness: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+    cohort_size: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    over_provisioning: Annotated[float, Field(ge=0, le=10)] = 0.0
+    server_optimizer: ServerOptimizerSpec = ServerOptimizerSpec()
+
+    @model_validator(mode="after")
+    def _numbers_of_participants_agree(self) -> Self:
+        if self.cohort_size is not None and self.cohort_size < self.min_participants:
+            raise ValueError("cohort_size must not be below min_participants")
+        if self.cohort_size is None and self.over_provisioning:
+            raise ValueError("over_provisioning needs a cohort_size")
+        return self
+
+    @property
+    def staleness_limit(self) -> int:
+        """The greatest staleness of a piece with which a delta is still taken."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return _BUFFERED_STALENESS if self.mode == "buffered" else 0
 
     @property
     def terms(self) -> Terms:

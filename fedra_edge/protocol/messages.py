@@ -65,10 +65,15 @@ class UploadStatus(WireModel):
 
 
 class DeltaReceipt(WireModel):
-    """The delta is on the server's disk and admitted; it will be merged exactly once."""
+    """The delta is on the server's disk and admitted; it will be merged exactly once.
+
+    ``staleness`` is given when it came after its round: how often a piece of it was merged since
+    the revision that it was trained from, at most. The staler, the less it weighs.
+    """
 
     assignment_id: Token
     status: Literal["admitted"] = "admitted"
+    staleness: Count | None = None
 
 
 class ClientStatus(WireModel):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Literal, Self
 
-from pydantic import Base64Bytes, Field, JsonValue, model_validator
+from pydantic import Base64Bytes, Field, model_validator
 
 from fedra_edge.protocol.ids import LayerId, ModelId
 from fedra_edge.protocol.layers import HEAD, LORA_A, LORA_B, TensorKey, layer_piece
-from fedra_edge.protocol.wire import ByteCount, Count, Finite, HexDigest, ShortText, WireModel
+from fedra_edge.protocol.wire import (
+    ByteCount,
+    Count,
+    Finite,
+    HexDigest,
+    PlainJson,
+    ShortText,
+    WireModel,
+)
 
 Shape = tuple[Annotated[int, Field(ge=1, le=2**31)], ...]
 MAX_LAYERS = 10_000
@@ -141,7 +149,7 @@ class ModelSpec(WireModel):
 
     name: ShortText
     family: ShortText
-    config: dict[str, JsonValue]
+    config: dict[str, PlainJson]
     labels: Annotated[tuple[ShortText, ...], Field(min_length=1, max_length=100_000)]
     input: ModelInput
     stem: Piece

@@ -34,6 +34,7 @@ ASSIGNMENT: Final = Route("GET", "/v1/assignment")
 FAILURE: Final = Route("POST", "/v1/assignments/{assignment_id}/failure")
 MODEL: Final = Route("GET", "/v1/models/{model_id}")
 BLOB: Final = Route("GET", "/v1/blobs/{sha256}")
+BLOBS: Final = Route("GET", "/v1/blobs")
 EVALUATION: Final = Route("POST", "/v1/evaluations")
 UPLOAD_CREATE: Final = Route("POST", "/v1/uploads")
 UPLOAD_OFFSET: Final = Route("HEAD", "/v1/uploads/{upload_id}")
@@ -42,5 +43,6 @@ UPLOAD_APPEND: Final = Route("PATCH", "/v1/uploads/{upload_id}")
 UPLOAD_OFFSET_HEADER: Final = "Upload-Offset"
 UPLOAD_COMPLETE_HEADER: Final = "Upload-Complete"
 UPLOAD_LENGTH_HEADER: Final = "Upload-Length"
+DIGEST_HEADER: Final = "Repr-Digest"
 MAX_POLL_S: Final = 30.0
 """The longest a client may ask the server to hold an assignment request open, in seconds."""

@@ -36,11 +36,20 @@ class TrainingSpec(WireModel):
 
 
 class RevisionManifest(WireModel):
-    """One published adapter state: a blob per layer and one for the head."""
+    """One published adapter state: a blob per layer and one for the head.
+
+    ``versions`` counts how often each layer and, last, the head has been merged so far.
+    """
 
     number: Annotated[RevisionNumber, Field(ge=0, lt=2**31)]
     layers: Annotated[tuple[BlobRef, ...], Field(min_length=1, max_length=MAX_LAYERS)]
     head: BlobRef
+    versions: (
+        Annotated[
+            tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(max_length=MAX_LAYERS + 1)
+        ]
+        | None
+    ) = None
 
 
 class LayerRole(WireModel):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -141,15 +142,40 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeats)
+        header = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_refuse_repeats,
+            parse_int=_natural,
+            parse_float=_natural,
+            parse_constant=_natural,
+        )
     except (ValueError, RecursionError) as error:
         raise MalformedTensorsError(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise MalformedTensorsError("the header is not a JSON object")
-    header.pop("__metadata__", None)
+    _check_metadata(header.pop("__metadata__", None))
     if len(header) > MAX_TENSORS:
         raise MalformedTensorsError(f"more than {MAX_TENSORS} tensors")
     return header
+
+
+def _natural(text: str) -> int:
+    """Read the only kind of number that a header has."""
+    if not text.isdecimal():
+        raise MalformedTensorsError(f"the header holds {text[:20]}, which is no size and no offset")
+    return int(text)
+
+
+def _check_metadata(metadata: object) -> None:
+    """Take from texts to texts, as every reader of the format does."""
+    match metadata:
+        case None:
+            return
+        case dict() if all(isinstance(text, str) for text in metadata.values()):
+            with suppress(UnicodeEncodeError):
+                "".join([*metadata, *metadata.values()]).encode()
+                return
+    raise MalformedTensorsError("the metadata are not texts")
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,10 +187,17 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+        case {
+            "dtype": str(dtype),
+            "shape": [*shape],
+            "data_offsets": [int(begin), int(end)],
+            **more,
+        } if not more and bool not in {type(begin), type(end)}:
             pass
         case _:
-            raise MalformedTensorsError(f"tensor {name[:100]!r} lacks dtype, shape or offsets")
+            raise MalformedTensorsError(
+                f"tensor {name[:100]!r} lacks dtype, shape or offsets, or has more"
+            )
     if not (name.isascii() and name.isprintable()):
         raise MalformedTensorsError("the name of a tensor is not of printable ASCII characters")
     if dtype not in _ITEM_BYTES:
@@ -172,7 +205,8 @@ def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise MalformedTensorsError(f"tensor {name[:100]!r} has an impossible shape")
     size_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
-    if begin < 0 or end - begin != size_bytes:
+    is_countable = math.prod(filter(None, shape)) < 2**60  # even where a dimension is 0
+    if end - begin != size_bytes or not is_countable:
         raise MalformedTensorsError(f"tensor {name[:100]!r} has offsets that do not fit its shape")
     return TensorInfo(dtype, tuple(shape), data_start + begin, size_bytes)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.trainer import InputArray
@@ -19,10 +20,16 @@ Moving = TypeVar("Moving")
 """A micro-batch between two layers, in whatever form the framework has it."""
 
 LabelIds = NDArray[np.int64]
+AnyArray = NDArray[Any]
 
 
 class TrainingEngine(Protocol[Entering]):
     """The trained values of a slice, and the slice that their gradients come from."""
+
+    @property
+    def backend(self) -> Backend:
+        """The framework underneath."""
+        ...
 
     @property
     def has_context(self) -> bool:
@@ -74,6 +81,17 @@ class TrainingEngine(Protocol[Entering]):
 
     def values(self) -> dict[str, FloatArray]:
         """Copy the trained values out, by global name."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, AnyArray]]:
+        """Show all that later steps depend on, one array after the other, without copying.
+
+        Each has a name of its own, the same ones between any two steps.
+        """
+        ...
+
+    def restore(self, state: Mapping[str, AnyArray]) -> None:
+        """Go back to where ``state`` was shown; each array is looked up once, when it is used."""
         ...
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic
+from itertools import islice
+from typing import Final, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +19,14 @@ from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import ImageInput
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.training.allocator import trim_heap
+from fedra_edge.training.checkpoints import Checkpoint, Progress
 from fedra_edge.training.engine import Entering, TrainingEngine
 from fedra_edge.training.memory_shortage import is_memory_shortage
 from fedra_edge.training.prefix_cache import PrefixCache
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.trainer import InputArray, SliceWork, Surroundings, TrainedSlice
+
+LOGGER: Final = logging.getLogger(__name__)
 
 Indices = NDArray[np.int64]
 
@@ -34,7 +39,8 @@ def train_slice(
 ) -> TrainedSlice:
     """Take all steps of a slice.
 
-    Dropout stays off, so that a slice gives the same result whenever it is trained again.
+    Dropout stays off, so that a slice gives the same result whenever it is trained again, also in
+    two parts with a checkpoint between them.
 
     Raises:
         TrainingInterrupted: Told to stop.
@@ -61,34 +67,56 @@ class LocalTraining(Generic[Entering]):
         self._data = data
         self._surroundings = surroundings
         self._cache = cache
+        self._checkpoint = Checkpoint(surroundings.checkpoint, work.manifest, data, engine.backend)
         self._plan = surroundings.guard.fitting(MemoryPlan.of(work.manifest))
         self._load_within_memory()
 
     def run(self) -> TrainedSlice:
         """Take all steps; raises what ``train_slice`` does."""
-        started = time.perf_counter()
-        manifest = self._work.manifest
-        train_indices = self._data.train_indices
-        losses: list[float] = []
-        num_drawn = 0
-        for batch in draw_batches(
+        manifest, train_indices = self._work.manifest, self._data.train_indices
+        progress = self._go_on()
+        started = time.perf_counter() - progress.train_s
+        batches = draw_batches(
             train_indices, manifest.training.batch_size, manifest.steps, manifest.seed
-        ):
-            if self._surroundings.should_stop():
-                raise TrainingInterrupted(f"stopped after {len(losses)} of {manifest.steps} steps")
-            losses.append(self._accumulate_within_memory(batch))
+        )
+        for batch in islice(batches, progress.steps, None):
+            self._heed_wishes(progress)
+            loss = self._accumulate_within_memory(batch)
             self._engine.step()
-            num_drawn += len(batch)
-            self._surroundings.on_step(len(losses), manifest.steps, losses[-1])
+            progress = progress.after(loss, len(batch), time.perf_counter() - started)
+            self._surroundings.on_step(progress.steps, manifest.steps, loss)
+            if self._checkpoint.is_due:
+                self._checkpoint.save(progress, self._engine.state)
         return TrainedSlice(
             adapters=self._engine.values(),
-            num_examples=min(num_drawn, len(train_indices)),  # an epoch repeats none
-            steps=len(losses),
-            first_loss=losses[0],
-            last_loss=losses[-1],
-            train_s=time.perf_counter() - started,
+            num_examples=min(progress.num_drawn, len(train_indices)),  # an epoch repeats none
+            steps=progress.steps,
+            first_loss=progress.first_loss,
+            last_loss=progress.last_loss,
+            train_s=progress.train_s,
             plan=self._plan,
         )
+
+    def _go_on(self) -> Progress:
+        """Go back to where an earlier process was, if it has left anything."""
+        stored = self._checkpoint.load()
+        if stored is None:
+            return Progress()
+        self._engine.restore(stored)
+        done, steps = stored.progress.steps, self._work.manifest.steps
+        LOGGER.info("going on from a checkpoint, after step %d of %d", done, steps)
+        return stored.progress
+
+    def _heed_wishes(self, progress: Progress) -> None:
+        """Stop when told to, and keep what has been reached when that, or a rest, was asked for."""
+        surroundings = self._surroundings
+        if surroundings.is_to_rest():
+            self._checkpoint.save(progress, self._engine.state)
+        if surroundings.should_stop():
+            if surroundings.is_to_rest():  # perhaps since a pause only
+                self._checkpoint.save(progress, self._engine.state)
+            steps = self._work.manifest.steps
+            raise TrainingInterrupted(f"stopped after {progress.steps} of {steps} steps")
 
     def _accumulate_within_memory(self, batch: Indices) -> float:
         """Add up the gradient of a batch, anew with a smaller plan when memory runs out."""

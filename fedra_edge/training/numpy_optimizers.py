@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedra_edge.protocol.slices import TrainingSpec
 from fedra_edge.protocol.tensors import FloatArray
@@ -17,10 +18,16 @@ _CLIP_EPSILON: Final = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to a norm before it divides by it."""
 
 Tensors = Mapping[str, FloatArray]
+State = dict[str, dict[str, NDArray[Any]]]
 
 
 class Optimizer(Protocol):
-    """Moves values along their gradients."""
+    """Moves values along their gradients.
+
+    ``state`` is all that is remembered between steps; it may be read and put back between them.
+    """
+
+    state: State
 
     def step(self, values: Tensors, gradients: Tensors) -> None:
         """Take one step in place; a value without a gradient stays where it is."""
@@ -35,19 +42,21 @@ class Sgd:
 
     def __init__(self, training: TrainingSpec) -> None:
         self._training = training
-        self._velocities: dict[str, FloatArray] = {}
+        self.state: State = {}
 
     def step(self, values: Tensors, gradients: Tensors) -> None:
         """Take one step."""
         training = self._training
         for name, gradient in gradients.items():
             direction = gradient + training.weight_decay * values[name]
-            if name in self._velocities:
-                self._velocities[name] *= training.momentum
-                self._velocities[name] += direction
+            if name in self.state:
+                velocity = self.state[name]["velocity"]
+                velocity *= training.momentum
+                velocity += direction
+                direction = velocity
             else:
-                self._velocities[name] = direction
-            values[name][...] -= training.learning_rate * self._velocities[name]
+                self.state[name] = {"velocity": direction}
+            values[name][...] -= training.learning_rate * direction
 
 
 class AdamW:
@@ -55,17 +64,20 @@ class AdamW:
 
     def __init__(self, training: TrainingSpec) -> None:
         self._training = training
-        self._moments: dict[str, tuple[FloatArray, FloatArray]] = {}
-        self._steps: dict[str, int] = {}
+        self.state: State = {}
 
     def step(self, values: Tensors, gradients: Tensors) -> None:
         """Take one step."""
         training, (first_beta, second_beta) = self._training, _BETAS
         for name, gradient in gradients.items():
-            if name not in self._moments:
-                self._moments[name] = np.zeros_like(gradient), np.zeros_like(gradient)
-            first, second = self._moments[name]
-            steps = self._steps[name] = self._steps.get(name, 0) + 1
+            if name not in self.state:
+                first, second = np.zeros_like(gradient), np.zeros_like(gradient)
+                counted = np.zeros(1, dtype=np.int64)
+                self.state[name] = {"first": first, "second": second, "steps": counted}
+            state = self.state[name]
+            first, second = state["first"], state["second"]
+            state["steps"] += 1
+            steps = int(state["steps"][0])
             first += (1 - first_beta) * (gradient - first)
             second *= second_beta
             second += (1 - second_beta) * np.square(gradient)

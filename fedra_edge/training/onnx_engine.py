@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 import numpy as np
 
+from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_edge.training.engine import LabelIds
+from fedra_edge.training.engine import AnyArray, LabelIds
 from fedra_edge.training.numpy_optimizers import build_optimizer, clip_gradients
 from fedra_edge.training.onnx_pieces import context_names
 from fedra_edge.training.onnx_sessions import Graphs
 from fedra_edge.training.onnx_walk import Entering, OnnxSlice
 from fedra_edge.training.trainer import InputArray, SliceWork
+
+_VALUE: Final = "value"
 
 
 class OnnxEngine:
@@ -27,6 +31,11 @@ class OnnxEngine:
         self._optimizer = build_optimizer(manifest.training)
         self._has_context = bool(context_names(graphs))
         self._slice = OnnxSlice(work, graphs, self._values)
+
+    @property
+    def backend(self) -> Backend:
+        """The framework underneath."""
+        return "onnx"
 
     @property
     def has_context(self) -> bool:
@@ -68,3 +77,19 @@ class OnnxEngine:
     def values(self) -> dict[str, FloatArray]:
         """Copy the trained values out, by global name."""
         return {name: value.copy() for name, value in self._values.items()}
+
+    def state(self) -> Iterator[tuple[str, AnyArray]]:
+        """Show the values and what the optimizer remembers of each."""
+        for name, value in self._values.items():
+            yield f"{_VALUE}/{name}", value
+            for part, array in self._optimizer.state.get(name, {}).items():
+                yield f"{part}/{name}", array
+
+    def restore(self, state: Mapping[str, AnyArray]) -> None:
+        """Go back to where ``state`` was shown."""
+        for key in state:
+            part, _, name = key.partition("/")
+            if part == _VALUE:
+                self._values[name][...] = state[key]
+            else:
+                self._optimizer.state.setdefault(name, {})[part] = state[key]

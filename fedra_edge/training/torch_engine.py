@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import nn
 
+from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import TokenInput
 from fedra_edge.protocol.tensors import FloatArray
 from fedra_edge.training.allocator import keep_freed_memory, trim_heap
-from fedra_edge.training.engine import LabelIds
+from fedra_edge.training.engine import AnyArray, LabelIds
 from fedra_edge.training.torch_optimizers import build_optimizer
 from fedra_edge.training.torch_slice import (
     Entering,
@@ -23,6 +25,8 @@ from fedra_edge.training.torch_slice import (
 from fedra_edge.training.torch_walk import StreamedSlice
 from fedra_edge.training.trainer import InputArray, SliceWork
 
+_VALUE: Final = "value"
+
 
 class TorchEngine:
     """Implements ``TrainingEngine``."""
@@ -33,6 +37,11 @@ class TorchEngine:
         self._parameters = trained_parameters(work, device)
         self._optimizer = build_optimizer(work.manifest.training, self._parameters.values())
         self._loaded: TrainableSlice | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The framework underneath."""
+        return "torch"
 
     @property
     def has_context(self) -> bool:
@@ -79,6 +88,25 @@ class TorchEngine:
     def values(self) -> dict[str, FloatArray]:
         """Copy the parameters out, by global name."""
         return parameter_values(self._parameters)
+
+    def state(self) -> Iterator[tuple[str, AnyArray]]:
+        """Show parameters and what the optimizer remembers of each."""
+        for name, parameter in self._parameters.items():
+            yield f"{_VALUE}/{name}", parameter.detach().cpu().numpy()
+            for part, tensor in self._optimizer.state.get(parameter, {}).items():
+                yield f"{part}/{name}", tensor.cpu().numpy()
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, AnyArray]) -> None:
+        """Go back to where ``state`` was shown."""
+        for key in state:
+            part, _, name = key.partition("/")
+            parameter, tensor = self._parameters[name], torch.tensor(state[key])
+            if part == _VALUE:
+                parameter.copy_(tensor)
+            else:
+                kept = tensor.to(self._device) if tensor.is_floating_point() else tensor
+                self._optimizer.state.setdefault(parameter, {})[part] = kept
 
     @property
     def _slice(self) -> TrainableSlice:

@@ -18,8 +18,16 @@ _BETAS: Final = (0.9, 0.999)
 _EPSILON: Final = 1e-8
 
 
+State = dict[nn.Parameter, dict[str, Tensor]]
+
+
 class Optimizer(Protocol):
-    """Moves parameters along their gradients, then forgets the gradients."""
+    """Moves parameters along their gradients, then forgets the gradients.
+
+    ``state`` is all that is remembered between steps; it may be read and put back between them.
+    """
+
+    state: State
 
     def step(self) -> None:
         """Take one step; a parameter without a gradient stays where it is."""
@@ -35,7 +43,7 @@ class Sgd:
     def __init__(self, parameters: Iterable[nn.Parameter], training: TrainingSpec) -> None:
         self._parameters = list(parameters)
         self._training = training
-        self._velocities: dict[nn.Parameter, Tensor] = {}
+        self.state: State = {}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,10 +53,11 @@ class Sgd:
             if parameter.grad is None:
                 continue
             direction = parameter.grad.add(parameter, alpha=training.weight_decay)
-            velocity = self._velocities.get(parameter)
-            if velocity is not None:
+            if parameter in self.state:
+                velocity = self.state[parameter]["velocity"]
                 direction = velocity.mul_(training.momentum).add_(direction)
-            self._velocities[parameter] = direction
+            else:
+                self.state[parameter] = {"velocity": direction}
             parameter.add_(direction, alpha=-training.learning_rate)
             parameter.grad = None
 
@@ -59,8 +68,7 @@ class AdamW:
     def __init__(self, parameters: Iterable[nn.Parameter], training: TrainingSpec) -> None:
         self._parameters = list(parameters)
         self._training = training
-        self._moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
-        self._steps: dict[nn.Parameter, int] = {}
+        self.state: State = {}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -72,12 +80,14 @@ class AdamW:
 
     def _move(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         training, (first_beta, second_beta) = self._training, _BETAS
-        if parameter not in self._moments:
-            zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            self._moments[parameter], self._steps[parameter] = zeros, 0
-        self._steps[parameter] += 1
-        steps = self._steps[parameter]
-        first, second = self._moments[parameter]
+        if parameter not in self.state:
+            first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            counted = torch.zeros(1, dtype=torch.int64)  # on the CPU, where it is read
+            self.state[parameter] = {"first": first, "second": second, "steps": counted}
+        state = self.state[parameter]
+        first, second = state["first"], state["second"]
+        state["steps"] += 1
+        steps = int(state["steps"])
         first.lerp_(gradient, 1 - first_beta)
         second.mul_(second_beta).addcmul_(gradient, gradient, value=1 - second_beta)
         parameter.mul_(1 - training.learning_rate * training.weight_decay)

@@ -76,7 +76,9 @@ class Surroundings:
     """Where and how training goes on: whom to tell, when to stop, what it may occupy.
 
     ``scratch`` is a directory that outputs of frozen layers may be kept in while training, up to
-    ``scratch_bytes``.
+    ``scratch_bytes``. ``checkpoint`` is a file that training is kept in as it goes on, and gone on
+    from. ``is_to_rest`` is asked before ``should_stop``: true when work is to pause or to end by
+    somebody's wish, so that what has been reached is worth keeping.
     """
 
     on_step: OnStep
@@ -84,6 +86,8 @@ class Surroundings:
     guard: MemoryGuard
     scratch: Path
     scratch_bytes: int
+    checkpoint: Path | None = None
+    is_to_rest: ShouldStop = lambda: False
 
 
 @dataclass(frozen=True)

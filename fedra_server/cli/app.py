@@ -10,7 +10,9 @@ import typer
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server import __version__
-from fedra_server.cli import clients, models, runs
+from fedra_server.cli import clients, models, pruning, runs
+from fedra_server.cli.audit import audit_home
+from fedra_server.cli.disk import show_disk
 from fedra_server.cli.output import tell_json
 from fedra_server.cli.workplace import (
     CLOSED_REMEDY,
@@ -24,6 +26,7 @@ from fedra_server.cli.workplace import (
     open_workplace,
 )
 from fedra_server.config import CONFIG_TEMPLATE, ServerConfig, ServerHome
+from fedra_server.errors import NotFoundError
 from fedra_server.storage.durability import disk_errors, write_durably
 from fedra_server.storage.store import Store
 
@@ -42,6 +45,9 @@ app = typer.Typer(
 app.add_typer(models.app, name="model")
 app.add_typer(runs.app, name="run")
 app.add_typer(clients.app, name="client")
+app.command("disk", epilog=example("disk --home /srv/fedra --json"))(show_disk)
+app.command("audit", epilog=example("audit digits --json"))(audit_home)
+app.command(epilog=example("prune digits --keep-revisions 5 --dry-run"))(pruning.prune)
 
 
 @app.command(epilog=example("init --home /srv/fedra"))
@@ -109,6 +115,11 @@ def export(
     with open_workplace(home) as place:
         record = place.store.run(run)
         manifest = place.store.revision(run, revision).manifest
+        if manifest.number < record.pruned_through:
+            raise NotFoundError(
+                f"revision {manifest.number} of run {run} was pruned",
+                remedy=f"The oldest revision that is kept is {record.pruned_through}.",
+            )
         spec = place.store.model(record.model_id).spec
         with disk_errors(f"exporting to {out}"):
             if form == "onnx":

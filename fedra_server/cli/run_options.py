@@ -14,18 +14,66 @@ from fedra_edge.protocol.models import AdapterSpec, ModelSpec
 from fedra_edge.protocol.slices import TrainingSpec
 from fedra_server.cli.names import usage_error
 from fedra_server.errors import ConfigurationError
-from fedra_server.runs import AllocationScheme, MergeWeighting, RunSpec
+from fedra_server.runs import (
+    AllocationScheme,
+    MergeWeighting,
+    RunMode,
+    RunSpec,
+    ServerOptimizerKind,
+    ServerOptimizerSpec,
+)
 
 DEFAULT_RUN: Final = RunSpec(adapter=AdapterSpec(targets=()))
 DEFAULT_ADAPTER: Final = DEFAULT_RUN.adapter
 DEFAULT_TRAINING: Final = TrainingSpec()
+DEFAULT_OPTIMIZER: Final = DEFAULT_RUN.server_optimizer
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name of the registered model.")]
 RoundsOption = Annotated[int, typer.Option(help="How many rounds to publish.")]
 MinParticipantsOption = Annotated[
     int, typer.Option(help="A round needs this many admitted deltas.")
 ]
-DeadlineOption = Annotated[float, typer.Option("--deadline-s", help="Seconds a round may take.")]
+DeadlineOption = Annotated[
+    float,
+    typer.Option("--deadline-s", help="Seconds a round, or a buffered delta's wait, may take."),
+]
+ModeOption = Annotated[
+    RunMode, typer.Option(help="synchronous: in rounds; buffered: merge as deltas come.")
+]
+BufferSizeOption = Annotated[
+    int, typer.Option(help="Buffered: a piece merges once so many deltas wait for it.")
+]
+MaxStalenessOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Take a late delta whose pieces were merged at most so often since it began;"
+        " by default 0, or 20 when buffered."
+    ),
+]
+StalenessExponentOption = Annotated[
+    float, typer.Option(help="A delta weighs (1 + staleness) ** -exponent as much.")
+]
+CohortSizeOption = Annotated[
+    int | None, typer.Option(help="Deltas that complete a round; all that are there by default.")
+]
+OverProvisioningOption = Annotated[
+    float, typer.Option(help="Draw this fraction more clients than --cohort-size; 0.3 for 30 %.")
+]
+ServerOptimizerOption = Annotated[
+    ServerOptimizerKind,
+    typer.Option("--server-optimizer", help="What the merged mean of deltas is fed to."),
+]
+ServerLearningRateOption = Annotated[
+    float | None,
+    typer.Option(help="Its learning rate; by default 1, or 0.01 for fedadam and fedyogi."),
+]
+ServerMomentumOption = Annotated[
+    float, typer.Option(help="Momentum of fedavgm; beta 1 of fedadam and fedyogi.")
+]
+ServerBeta2Option = Annotated[float, typer.Option(help="Beta 2 of fedadam and fedyogi.")]
+ServerTauOption = Annotated[
+    float, typer.Option(help="Added to the root of the variance in fedadam and fedyogi.")
+]
 DepthOption = Annotated[
     DepthPolicy, typer.Option(help="auto: full depth where it fits; reduced: FedRA as published.")
 ]
@@ -65,7 +113,11 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
     """
     adapter = {**_fields_of(AdapterSpec, chosen)}
     adapter["targets"] = tuple(chosen["target"] or model.default_targets)
-    parts = {"adapter": adapter, "training": _fields_of(TrainingSpec, chosen)}
+    parts = {
+        "adapter": adapter,
+        "training": _fields_of(TrainingSpec, chosen),
+        "server_optimizer": _server_optimizer(chosen),
+    }
     try:
         spec = RunSpec.model_validate({**_fields_of(RunSpec, chosen), **parts})
     except ValidationError as error:
@@ -80,6 +132,12 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
             remedy=f"Give at most {model.num_layers}, or leave --max-layers out.",
         )
     return spec
+
+
+def _server_optimizer(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    named = {name: f"server_{name}" for name in ServerOptimizerSpec.model_fields}
+    named["kind"] = "server_optimizer"
+    return {name: chosen[option] for name, option in named.items() if option in chosen}
 
 
 def _fields_of(kind: type[BaseModel], chosen: Mapping[str, Any]) -> dict[str, Any]:

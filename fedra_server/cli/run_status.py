@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import typer
 
 from fedra_server.cli.output import format_bytes, format_layers, format_time, tell_table
-from fedra_server.reporting import READY, DeltaReport, OpenRoundReport, RunReport
+from fedra_server.reporting import READY
+from fedra_server.reports import DeltaReport, OpenRoundReport, RunReport
 from fedra_server.runs import RunState
+
+_LATEST: Final = 10
+"""How many rounds are listed where only the latest matter."""
 
 
 def tell_report(report: RunReport) -> None:
     """Print where a run stands, what it reached and what it cost."""
     done = f"{report.rounds_published} of {report.rounds_planned} rounds published"
     typer.echo(f"Run {report.run} on {report.model}: {report.state}, {done}")
+    typer.echo(f"Mode: {_mode(report)}")
     typer.echo(f"Latest revision: {report.revision}")
     typer.echo(f"Coverage per layer: {' '.join(str(count) for count in report.coverage)}")
     if report.round is not None:
         _tell_round(report.round, is_over=report.state is RunState.STOPPED)
+    _tell_buffer(report)
+    _tell_resting(report)
     _tell_waiting(report)
+    _tell_staleness(report)
     _tell_accuracy(report)
     _tell_clients(report)
 
@@ -29,10 +38,11 @@ def _tell_round(current: OpenRoundReport, *, is_over: bool) -> None:
     ended = "ended unpublished: the run was stopped"
     typer.echo(f"\nRound {current.number}, {ended if is_over else until}")
     tell_table(
-        ["CLIENT", "STATE", "LAYERS", "DEPTH", "STEPS", "PROMISE", "WHY"],
+        ["CLIENT", "OF ROUND", "STATE", "LAYERS", "DEPTH", "STEPS", "PROMISE", "WHY"],
         [
             [
                 it.name,
+                it.round_number,
                 it.state,
                 format_layers(it.trained_layer_ids),
                 it.depth,
@@ -44,6 +54,48 @@ def _tell_round(current: OpenRoundReport, *, is_over: bool) -> None:
         ],
         empty="No participants yet.",
     )
+
+
+def _mode(report: RunReport) -> str:
+    """Say in a few words when deltas are merged, and how late ones may be."""
+    spec = report.spec
+    size = "all that are there" if spec.cohort_size is None else f"cohorts of {spec.cohort_size}"
+    if spec.over_provisioning:
+        size += f" and {spec.over_provisioning:.0%} to spare"
+    if spec.mode == "buffered":
+        size = f"{spec.buffer_size} deltas or {spec.deadline_s:g} s for each piece, {size}"
+    optimizer = spec.server_optimizer.kind
+    return f"{spec.mode}, {size}, staleness up to {spec.staleness_limit}, {optimizer}"
+
+
+def _tell_buffer(report: RunReport) -> None:
+    """Say which pieces have deltas that wait to be merged."""
+    if report.buffer and report.spec.mode == "buffered":
+        typer.echo("\nDeltas that wait for a merge")
+        rows = [[it.piece, it.deltas, format_time(it.oldest_at)] for it in report.buffer]
+        tell_table(["PIECE", "DELTAS", "OLDEST SINCE"], rows, empty="")
+
+
+def _tell_resting(report: RunReport) -> None:
+    """Say who gets no work for a while, and why."""
+    if report.resting:
+        typer.echo("\nClients that failed again and again, and rest")
+        rows = [
+            [it.name, it.failures, format_time(it.until_at), it.reason] for it in report.resting
+        ]
+        tell_table(["CLIENT", "FAILURES", "RESTS UNTIL", "LAST WITH"], rows, empty="")
+
+
+def _tell_staleness(report: RunReport) -> None:
+    """Say how stale the deltas of the latest rounds were, if any was."""
+    stale = [it for it in report.rounds if it.max_staleness]
+    if stale:
+        typer.echo("\nStaleness of merged deltas")
+        rows = [
+            [it.number, it.merged, f"{it.mean_staleness:.2f}", it.max_staleness]
+            for it in stale[-_LATEST:]
+        ]
+        tell_table(["ROUND", "DELTAS", "MEAN", "MOST"], rows, empty="")
 
 
 def _tell_waiting(report: RunReport) -> None:

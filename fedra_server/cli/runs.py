@@ -56,6 +56,17 @@ def create(
     rounds: options.RoundsOption = options.DEFAULT_RUN.rounds,
     min_participants: options.MinParticipantsOption = options.DEFAULT_RUN.min_participants,
     deadline_s: options.DeadlineOption = options.DEFAULT_RUN.deadline_s,
+    mode: options.ModeOption = options.DEFAULT_RUN.mode,
+    buffer_size: options.BufferSizeOption = options.DEFAULT_RUN.buffer_size,
+    max_staleness: options.MaxStalenessOption = options.DEFAULT_RUN.max_staleness,
+    staleness_exponent: options.StalenessExponentOption = options.DEFAULT_RUN.staleness_exponent,
+    cohort_size: options.CohortSizeOption = options.DEFAULT_RUN.cohort_size,
+    over_provisioning: options.OverProvisioningOption = options.DEFAULT_RUN.over_provisioning,
+    server_optimizer: options.ServerOptimizerOption = options.DEFAULT_OPTIMIZER.kind,
+    server_learning_rate: options.ServerLearningRateOption = None,
+    server_momentum: options.ServerMomentumOption = options.DEFAULT_OPTIMIZER.momentum,
+    server_beta2: options.ServerBeta2Option = options.DEFAULT_OPTIMIZER.beta2,
+    server_tau: options.ServerTauOption = options.DEFAULT_OPTIMIZER.tau,
     depth: options.DepthOption = options.DEFAULT_RUN.depth,
     allocation: options.AllocationOption = options.DEFAULT_RUN.allocation,
     merge_weighting: options.MergeWeightingOption = options.DEFAULT_RUN.merge_weighting,
@@ -77,7 +88,11 @@ def create(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Create a run on a registered model, with its untrained revision 0."""
+    """Create a run on a registered model, with its untrained revision 0.
+
+    A run that waits for nobody: --mode buffered --buffer-size 4 --max-staleness 10. Ten deltas a
+    round, with three clients to spare: --cohort-size 10 --over-provisioning 0.3.
+    """
     checked_name(name)
     with open_workplace(home) as place:
         found = place.store.model_by_name(model)
@@ -154,7 +169,8 @@ def plan(
     says what it follows from and why it is not more. The JSON document always explains.
     """
     with open_workplace(home) as place:
-        preview = preview_round(place.store.run_history(name), _seen_since(place))
+        now = time.time()
+        preview = preview_round(place.store.run_history(name), _seen_since(place, now), now)
     if as_json:
         tell_json(preview)
     else:
@@ -167,16 +183,17 @@ def status(
 ) -> None:
     """Show the round, who it waits for, accuracy and costs."""
     with open_workplace(home) as place:
-        report = report_run(place.store.run_history(name), _seen_since(place))
+        now = time.time()
+        report = report_run(place.store.run_history(name), _seen_since(place, now), now)
     if as_json:
         tell_json(report)
     else:
         tell_report(report)
 
 
-def _seen_since(place: Workplace) -> float:
+def _seen_since(place: Workplace, now: float) -> float:
     """Give the moment before which a client that was last seen counts as gone."""
-    return time.time() - place.config.heartbeat_timeout_s
+    return now - place.config.heartbeat_timeout_s
 
 
 def _graphs(model: ModelSpec, targets: Sequence[str], blobs: BlobStore) -> PieceGraphs | None:

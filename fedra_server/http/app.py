@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI
 from typing_extensions import override
 
@@ -17,6 +18,9 @@ from fedra_server.http.limits import BodyLimit, LingeringClose, ProtocolStamp
 from fedra_server.http.mounting import complete_document
 from fedra_server.http.problems import DefectAnswer, install_problems
 from fedra_server.http.services import Services
+
+_THREADS: Final = 12
+"""Threads for handlers: each keeps memory, and only one of them computes at a time."""
 
 
 class Application(FastAPI):
@@ -60,6 +64,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Deliver the coordinator's changes to the event loop that serves the long-polls."""
     services: Services = app.state.services
     services.changes.bind()
+    current_default_thread_limiter().total_tokens = _THREADS
     services.coordinator.subscribe(services.changes.notify)
     services.coordinator.subscribe(partial(discard_dead_uploads, services))
     yield

@@ -39,7 +39,8 @@ async def next_assignment(
     A waiting request holds no thread. Longer waits than the protocol allows are cut. A client
     whose request waits is alive, whatever the time after which silent ones count as gone.
     """
-    await run_in_threadpool(services.store.touch, client.client_id, services.clock.now())
+    if services.is_sign_due(client):
+        await run_in_threadpool(services.store.touch, client.client_id, services.clock.now())
     if not client.is_online:
         services.coordinator.wake()
     now = asyncio.get_running_loop().time
@@ -48,7 +49,7 @@ async def next_assignment(
     sign_at = now() + sign_s
     while True:
         change = services.changes.next_change()
-        assignment = await run_in_threadpool(guide, services.store, client, services.clock.now())
+        assignment = await run_in_threadpool(_guide, services, client)
         if services.changes.is_closing or not _is_idle(assignment):
             return assignment
         try:
@@ -76,6 +77,12 @@ def report_failure(
     """Stop waiting for a participant that says it cannot finish; repeating it is harmless."""
     assignment = own_assignment(services, client, AssignmentId(assignment_id))
     give_up(services, assignment, report.detail)
+
+
+def _guide(services: Services, client: ClientRecord) -> Assignment:
+    """Find what to do next in one view of the records."""
+    with services.store.reading():
+        return guide(services.store, client, services.clock.now())
 
 
 def _show_alive(services: Services, client: ClientRecord) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import secrets
 from typing import Annotated, Final, NamedTuple
 
@@ -10,10 +12,19 @@ from fastapi import Depends, Header, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from fedra_edge.protocol.problems import ProblemCode
-from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION, is_compatible
+from fedra_edge.protocol.version import (
+    PROTOCOL_HEADER,
+    PROTOCOL_VERSION,
+    is_compatible,
+    skew,
+    upgrade_advice,
+)
+from fedra_server import __version__
 from fedra_server.errors import NotAuthenticatedError, RefusedError
 from fedra_server.http.services import ServicesHere
 from fedra_server.storage.records import ClientRecord
+
+LOGGER: Final = logging.getLogger(__name__)
 
 _BEARER: Final = HTTPBearer(
     auto_error=False, description="The credential that enrolment gave, told once."
@@ -49,6 +60,20 @@ async def require_protocol(
         raise RefusedError(
             ProblemCode.PROTOCOL_MISMATCH,
             f"the server speaks protocol {PROTOCOL_VERSION}, the caller says {theirs}",
+            remedy=upgrade_advice(version or "", PROTOCOL_VERSION, __version__),
+        )
+    _note_skew(version[:20])
+
+
+@functools.lru_cache(maxsize=32)
+def _note_skew(version: str) -> None:
+    """Log once that clients of another minor version are there."""
+    if word := skew(PROTOCOL_VERSION, version):
+        LOGGER.info(
+            "a client speaks protocol %s, %s than this server's %s; both work together",
+            version,
+            word,
+            PROTOCOL_VERSION,
         )
 
 

@@ -1,11 +1,13 @@
-"""Downloads of published bytes, whole or from where an earlier download broke off."""
+"""Downloads of published bytes: one blob or a range of it, or many small blobs at once."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Annotated, Final, NamedTuple
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 
 from fedra_edge.protocol import routes
@@ -23,6 +25,10 @@ router = APIRouter(tags=["blobs"], dependencies=[SpeaksProtocol])
 
 _MEDIA_TYPE: Final = "application/octet-stream"
 _BYTES: Final = {"content": {_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+_MAX_BLOBS: Final = 256
+_DIGESTS: Final = rf"^[0-9a-f]{{64}}(,[0-9a-f]{{64}}){{0,{_MAX_BLOBS - 1}}}$"
+_BLOCK_BYTES: Final = 2**20
+"""What is read at once: worth a trip to a thread, and little enough for many slow receivers."""
 _RANGE: Final = re.compile(r"bytes=(?P<first>[0-9]{0,18})-(?P<last>[0-9]{0,18})", re.ASCII)
 
 
@@ -70,12 +76,31 @@ def download(
     is_partial_welcome = if_range is None or if_range.strip() == etag
     span = parse_range(wanted, size_bytes) if wanted and is_partial_welcome else None
     if span is None:
-        headers["Content-Length"] = str(size_bytes)
-        return StreamingResponse(iterate_chunks(path), headers=headers, media_type=_MEDIA_TYPE)
-    headers["Content-Length"] = str(span.size_bytes)
+        return _respond(iterate_chunks(path), size_bytes, headers)
     headers["Content-Range"] = f"bytes {span.first}-{span.last}/{size_bytes}"
     chunks = iterate_chunks(path, span.first, span.size_bytes)
-    return StreamingResponse(chunks, 206, headers=headers, media_type=_MEDIA_TYPE)
+    return _respond(chunks, span.size_bytes, headers, 206)
+
+
+@mount(
+    router,
+    routes.BLOBS,
+    *FOR_CLIENTS,
+    ProblemCode.NOT_FOUND,
+    response_class=StreamingResponse,
+    responses={200: {"description": "The bytes of all blobs, in the order asked.", **_BYTES}},
+)
+def download_many(
+    sha256: Annotated[str, Query(pattern=_DIGESTS, description="Digests, comma-separated.")],
+    services: ServicesHere,
+    _client: Caller,
+) -> Response:
+    """Stream blobs one after another, so that many small ones cost a single request."""
+    paths = [services.blobs.path(digest) for digest in sha256.split(",")]
+    with disk_errors("reading blobs"):
+        size_bytes = sum(path.stat().st_size for path in paths)
+    chunks = chain.from_iterable(map(iterate_chunks, paths))
+    return _respond(chunks, size_bytes, {"Cache-Control": "no-store"})
 
 
 def parse_range(text: str, size_bytes: int) -> Span | None:
@@ -107,3 +132,25 @@ def parse_range(text: str, size_bytes: int) -> Span | None:
 def _matches(etag: str, if_none_match: str) -> bool:
     candidates = (part.strip().removeprefix("W/") for part in if_none_match.split(","))
     return any(candidate in {etag, "*"} for candidate in candidates)
+
+
+def _respond(
+    chunks: Iterable[bytes], size_bytes: int, headers: Mapping[str, str], status: int = 200
+) -> Response:
+    """Answer with bytes whose number is known; few of them at once, many block by block."""
+    told = {**headers, "Content-Length": str(size_bytes)}
+    if size_bytes <= _BLOCK_BYTES:
+        return Response(b"".join(chunks), status, headers=told, media_type=_MEDIA_TYPE)
+    return StreamingResponse(_in_blocks(chunks), status, headers=told, media_type=_MEDIA_TYPE)
+
+
+def _in_blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Gather the chunks of small files."""
+    block = bytearray()
+    for chunk in chunks:
+        block += chunk
+        if len(block) >= _BLOCK_BYTES:
+            yield bytes(block)
+            block.clear()
+    if block:
+        yield bytes(block)

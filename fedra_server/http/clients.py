@@ -89,8 +89,7 @@ def leave(services: ServicesHere, client: Caller) -> None:
 
 @mount(router, routes.OFFLINE, *FOR_CLIENTS, status_code=204)
 def go_offline(services: ServicesHere, client: Caller) -> None:
-    """Note that a client stops for now; its open assignment is given up."""
-    _release_open_assignment(services, client, "the client went offline")
+    """Note that a client stops for now: nobody waits for it, but it may come back to its work."""
     services.store.set_offline(client.client_id, services.clock.now())
     services.coordinator.wake()
 

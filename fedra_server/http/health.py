@@ -31,7 +31,7 @@ async def live() -> Health:
     responses={503: {"model": Health, "description": "The server cannot do its work now."}},
 )
 def ready(services: ServicesHere, response: Response) -> Health:
-    """Check that the database answers and that the disk takes a file."""
+    """Check that the database answers, the disk takes a file, and there is space for deltas."""
     detail = _find_fault(services)
     if detail:
         response.status_code = 503
@@ -56,4 +56,6 @@ def _find_fault(services: Services) -> str:
     except OSError as error:
         logger.warning("not ready: %s", error)
         return "the disk does not take files"
-    return ""
+    free_bytes = services.free_bytes(services.home.uploads)
+    shortage = services.quota.shortage(free_bytes=free_bytes, now=services.clock.now())
+    return f"no deltas can be taken in: {shortage}" if shortage else ""

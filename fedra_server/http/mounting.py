@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCode
 from fedra_edge.protocol.routes import Route
-from fedra_edge.protocol.version import PROTOCOL_HEADER
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.http.problems import ANSWERS
 
 
@@ -27,6 +27,11 @@ class MountOptions(TypedDict, total=False):
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
 
 _PROBLEM_REF: Final = "#/components/schemas/Problem"
+_SPOKEN_VERSIONS: Final = {
+    "type": "string",
+    "pattern": rf"^{PROTOCOL_VERSION.partition('.')[0]}(\.|$)",
+    "examples": [PROTOCOL_VERSION],
+}
 _FOR_EVERYONE: Final = (
     ProblemCode.MALFORMED_REQUEST,
     ProblemCode.REQUEST_TOO_LARGE,
@@ -61,15 +66,16 @@ def mount(
 def complete_document(document: dict[str, Any]) -> None:
     """Say in an OpenAPI document what the framework cannot know.
 
-    Problems have a media type of their own. The protocol header is required, though its
-    absence is answered by a problem of its own and not as a malformed request.
+    Problems have a media type of their own. The protocol header is required and has a form,
+    though what is wrong with it is answered by a problem of its own, not as a malformed request.
     """
     for path in document.get("paths", {}).values():
         for operation in path.values():
             for response in operation["responses"].values():
                 _name_problem_media_type(response.get("content", {}))
             for parameter in operation.get("parameters", ()):
-                parameter["required"] |= parameter["name"] == PROTOCOL_HEADER
+                if parameter["name"] == PROTOCOL_HEADER:
+                    parameter |= {"required": True, "schema": _SPOKEN_VERSIONS}
 
 
 def _name_problem_media_type(content: dict[str, Any]) -> None:

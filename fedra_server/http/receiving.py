@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from io import FileIO
 from pathlib import Path
 from typing import Final
@@ -12,11 +12,12 @@ from typing import Final
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.errors import RefusedError
 from fedra_server.storage.durability import disk_errors, sync_directory
 
-_BLOCK_BYTES: Final = 2**20
+BLOCK_BYTES: Final = 2**20
 _MAX_SILENCE_S: Final = 30.0
 """A sender that is silent for longer has lost its connection and will come back."""
 
@@ -29,67 +30,99 @@ def part_size_bytes(part: Path) -> int:
         return 0
 
 
-async def receive(part: Path, stream: AsyncIterator[bytes], room_bytes: int) -> int:
+class Patience:
+    """Waits for a sender, not for ever, and no more once another request took its place."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Timeout | None = None
+        self._is_over = False
+
+    def end(self) -> None:
+        """Wait no more; any thread may say so."""
+        self._loop.call_soon_threadsafe(self._end)
+
+    async def await_next(self, stream: AsyncIterator[bytes]) -> bytes | None:
+        """Give the next bytes; None at the end, when the sender is gone, or nobody waits for it."""
+        try:
+            async with asyncio.timeout(0 if self._is_over else _MAX_SILENCE_S) as self._waiting:
+                return await anext(stream)
+        except (StopAsyncIteration, ClientDisconnect, TimeoutError):
+            return None
+        finally:
+            self._waiting = None
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self._waiting is not None:
+            self._waiting.reschedule(self._loop.time())
+
+
+async def receive(
+    part: Path,
+    stream: AsyncIterator[bytes],
+    room_bytes: int,
+    patience: Patience,
+    block_bytes: Callable[[], int] = lambda: BLOCK_BYTES,
+) -> int:
     """Append a request's body to a file and sync it; tell the file's size then.
 
-    When the sender breaks off or falls silent, what has arrived is kept.
+    When the sender breaks off or falls silent, what has arrived is kept. ``block_bytes`` says,
+    at any moment, how much to gather before it is worth a trip to the disk.
 
     Raises:
         RefusedError: More than ``room_bytes`` arrived; those beyond are not written.
         StorageFullError: No space is left; what was written before is kept.
     """
-    with disk_errors("receiving a delta"):
-        file = await run_in_threadpool(_open_to_append, part)
+    file = _PartFile(part)
+    block = bytearray()
     try:
-        async for block in _in_blocks(_until_broken(stream)):
-            room_bytes -= len(block)
+        while (chunk := await patience.await_next(stream)) is not None:
+            room_bytes -= len(chunk)
             if room_bytes < 0:
+                block.clear()
                 raise RefusedError(
                     ProblemCode.DELTA_TOO_LARGE, "more bytes arrive than were announced"
                 )
-            await run_in_threadpool(_write, file, block)
+            block += chunk
+            if len(block) >= block_bytes():
+                await run_in_threadpool(file.append, block)
     finally:
-        await run_in_threadpool(_seal, file)
+        await run_in_threadpool(file.finish, block)
     return part_size_bytes(part)
 
 
-async def _until_broken(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    while True:
-        try:
-            async with asyncio.timeout(_MAX_SILENCE_S):
-                chunk = await anext(stream)
-        except (StopAsyncIteration, ClientDisconnect, TimeoutError):
+class _PartFile:
+    """A file that grows at its end; it is opened when there is something to write."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: FileIO | None = None
+
+    def append(self, block: bytearray) -> None:
+        """Write a block and take away from it what is written, also when the disk refuses."""
+        if not block:
             return
-        yield chunk
+        with disk_errors("receiving a delta"):
+            file = self._file = self._file or self._open()
+            while block:
+                del block[: file.write(block)]
+                fault_point("upload.written")
 
+    def finish(self, block: bytearray) -> None:
+        """Write what is left, and make all of it last."""
+        try:
+            self.append(block)
+        finally:
+            if self._file is not None:
+                with disk_errors("receiving a delta"), self._file:
+                    fault_point("upload.received")
+                    os.fsync(self._file.fileno())
+                    fault_point("upload.synced")
 
-async def _in_blocks(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Gather small chunks, so that each trip to the disk is worth a thread."""
-    block = bytearray()
-    async for chunk in stream:
-        block += chunk
-        if len(block) >= _BLOCK_BYTES:
-            yield bytes(block)
-            block.clear()
-    if block:
-        yield bytes(block)
-
-
-def _open_to_append(part: Path) -> FileIO:
-    is_new = not part.exists()
-    file = part.open("ab", buffering=0)
-    if is_new:
-        sync_directory(part.parent)
-    return file
-
-
-def _write(file: FileIO, block: bytes) -> None:
-    rest = memoryview(block)
-    with disk_errors("receiving a delta"):
-        while rest:
-            rest = rest[file.write(rest) :]
-
-
-def _seal(file: FileIO) -> None:
-    with disk_errors("receiving a delta"), file:
-        os.fsync(file.fileno())
+    def _open(self) -> FileIO:
+        is_new = not self._path.exists()
+        file = self._path.open("ab", buffering=0)
+        if is_new:
+            sync_directory(self._path.parent)
+        return file

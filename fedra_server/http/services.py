@@ -18,9 +18,13 @@ from fedra_server.http.changes import ChangeSignal
 from fedra_server.http.enrolment import EnrolmentPace
 from fedra_server.http.reservations import Reservations
 from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.quotas import DiskQuota
+from fedra_server.storage.records import ClientRecord
 from fedra_server.storage.store import Store
 
 _MAX_ADMISSIONS_AT_ONCE = 2
+_SIGNS = 20
+"""How many signs of life are kept, at most, in the time after which a client counts as gone."""
 
 
 def free_disk_bytes(directory: Path) -> int:
@@ -37,6 +41,7 @@ class Services:
     home: ServerHome
     coordinator: Coordinator
     config: ServerConfig
+    quota: DiskQuota
     clock: Clock = field(default_factory=SystemClock)
     free_bytes: Callable[[Path], int] = free_disk_bytes
     changes: ChangeSignal = field(default_factory=ChangeSignal)
@@ -45,6 +50,11 @@ class Services:
     admissions: CapacityLimiter = field(
         default_factory=lambda: CapacityLimiter(_MAX_ADMISSIONS_AT_ONCE)
     )
+
+    def is_sign_due(self, client: ClientRecord) -> bool:
+        """Tell whether a sign of life is worth keeping; one that came just before is enough."""
+        age_s = self.clock.now() - client.last_seen_at
+        return not (client.is_online and 0 <= age_s < self.config.heartbeat_timeout_s / _SIGNS)
 
 
 async def services_of(request: Request) -> Services:

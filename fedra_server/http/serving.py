@@ -31,10 +31,13 @@ from fedra_server.http.connections import (
     tell_rarely_of_failed_accepts,
 )
 from fedra_server.http.discarding import discard_dead_uploads
+from fedra_server.http.heap import share_heaps, tidy_heap
 from fedra_server.http.home_lock import sole_server
 from fedra_server.http.services import Services
 from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.collecting import Collector
 from fedra_server.storage.durability import disk_errors, write_durably
+from fedra_server.storage.quotas import DiskQuota
 from fedra_server.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -59,18 +62,23 @@ def serve(home: ServerHome, config: ServerConfig) -> int:
         StorageError: Disk or database refused.
     """
     home.create()
+    share_heaps()
     with ExitStack() as stack:
         stack.enter_context(sole_server(home))
         listener = stack.enter_context(listen(config.host, config.port))
         store = Store.open(home.path, config.database_url)
         stack.callback(store.close)
         services = build_services(home, config, store)
+        collector = Collector(store, services.blobs, home, services.clock)
+        collector.restore()
         discard_dead_uploads(services)
+        stack.enter_context(collector.at_work())
         services.coordinator.start()
         stack.callback(services.coordinator.stop)
         url = url_of(listener, config.host)
         stack.callback(server_file(home).unlink, missing_ok=True)
         server = GracefulServer(services, on_ready=lambda: _announce(home, url))
+        tidy_heap()
         server.run(sockets=[listener])
     logger.info("stopped")
     return 0
@@ -81,7 +89,8 @@ def build_services(home: ServerHome, config: ServerConfig, store: Store) -> Serv
     clock = SystemClock()
     blobs = BlobStore(home.blobs)
     coordinator = Coordinator(store, blobs, home, config, clock)
-    return Services(store, blobs, home, coordinator, config, clock)
+    quota = DiskQuota(home, config.max_disk_bytes)
+    return Services(store, blobs, home, coordinator, config, quota, clock)
 
 
 def server_file(home: ServerHome) -> Path:

@@ -8,31 +8,36 @@ announcing other bytes for it discards those that arrived before.
 from __future__ import annotations
 
 import secrets
+from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Final, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.digests import parse_digest
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import UploadId
 from fedra_edge.protocol.messages import DeltaReceipt, UploadStatus
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.wire import ByteCount, Token
-from fedra_server.errors import NotPermittedError, RefusedError, StorageFullError
+from fedra_server.errors import NotPermittedError, RefusedError
 from fedra_server.http.auth import Caller, SpeaksProtocol
 from fedra_server.http.discarding import discard, discard_dead_uploads_of
 from fedra_server.http.mounting import FOR_CLIENTS, mount
 from fedra_server.http.problems import NotNowError, RefusedWithHeadersError
-from fedra_server.http.receiving import part_size_bytes, receive
+from fedra_server.http.receiving import BLOCK_BYTES, Patience, part_size_bytes, receive
 from fedra_server.http.services import Services, ServicesHere
 from fedra_server.storage.records import ClientRecord, UploadRecord
 
 router = APIRouter(tags=["uploads"], dependencies=[SpeaksProtocol])
 
-_SPARE_BYTES: Final = 16 * 2**20
-"""Space that uploads leave free, so that the database can always record what was decided."""
+_BLOCKS_BYTES: Final = 2 * 2**20
+"""What all requests together may gather before they write it."""
 _ADMISSION: Final = (
     ProblemCode.ROUND_CLOSED,
     ProblemCode.DELTA_CONFLICT,
@@ -55,11 +60,16 @@ _OFFSET_HEADERS: Final = {
     routes.UPLOAD_OFFSET_HEADER: {
         "description": "Bytes that the server holds.",
         "schema": {"type": "integer"},
-    }
+    },
+    routes.UPLOAD_COMPLETE_HEADER: {
+        "description": "Whether the delta is complete and admitted.",
+        "schema": {"type": "string", "enum": ["?0", "?1"]},
+    },
 }
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 _BODY: Final = {
     "required": True,
-    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    "content": {"application/partial-upload": _BINARY, "application/octet-stream": _BINARY},
 }
 
 
@@ -75,17 +85,20 @@ def announce(
     delta: DeltaManifest, services: ServicesHere, client: Caller, response: Response
 ) -> UploadStatus:
     """Take note of a delta; announcing it again gives the same upload, as far as it got."""
-    services.store.touch(client.client_id, services.clock.now())
+    if services.is_sign_due(client):
+        services.store.touch(client.client_id, services.clock.now())
     try:
-        assignment = services.coordinator.intake.expect(client.client_id, delta)
+        with services.store.reading():
+            assignment = services.coordinator.intake.expect(client.client_id, delta)
+            upload = services.store.upload_for(assignment.assignment_id, delta.sha256)
     except RefusedError:
         discard_dead_uploads_of(services, delta.id)
         raise
-    upload = services.store.upload_for(assignment.assignment_id, delta.sha256)
+    services.receiving.take_over(delta.id)
     if upload is None:
         upload = _begin_upload(services, client, delta)
     offset_bytes = _offset_bytes(services, upload)
-    _require_space(services, delta.size_bytes - offset_bytes)
+    _require_space(services, upload, offset_bytes)
     response.headers["Location"] = routes.UPLOAD_OFFSET.fill(upload_id=upload.upload_id)
     return UploadStatus(
         upload_id=upload.upload_id, offset_bytes=offset_bytes, size_bytes=delta.size_bytes
@@ -104,9 +117,12 @@ def announce(
 def tell_offset(upload_id: Token, services: ServicesHere, client: Caller) -> Response:
     """Tell how many bytes of an upload the server holds."""
     upload = _own_upload(services, client, upload_id)
+    services.receiving.take_over(upload.assignment_id)
+    is_complete = _is_counted(services, upload)
     return Response(
         headers={
             routes.UPLOAD_OFFSET_HEADER: str(_offset_bytes(services, upload)),
+            routes.UPLOAD_COMPLETE_HEADER: "?1" if is_complete else "?0",
             routes.UPLOAD_LENGTH_HEADER: str(upload.delta.size_bytes),
             "Cache-Control": "no-store",
         }
@@ -134,20 +150,23 @@ async def append(
     *,
     offset: Annotated[ByteCount, Header(alias=routes.UPLOAD_OFFSET_HEADER)],
     complete: Annotated[Literal["?0", "?1"], Header(alias=routes.UPLOAD_COMPLETE_HEADER)],
-) -> Response | DeltaReceipt:
+) -> Response:
     """Append bytes; they are on disk when the answer comes. The last ones complete the delta."""
-    upload = await run_in_threadpool(_own_upload, services, client, upload_id)
-    with services.receiving.hold(upload.assignment_id) as is_free:
-        if not is_free:
-            raise _offset_mismatch(services, upload, "another request is sending this delta")
-        await run_in_threadpool(_check_append, services, upload, offset)
+    with ExitStack() as held:
+        upload = await run_in_threadpool(_claim, services, client, upload_id, offset, held)
+        _check_digest(upload, request.headers.get(routes.DIGEST_HEADER, ""))
         size_bytes = await _take_bytes(request, services, upload, offset)
         if complete == "?0":
-            headers = {routes.UPLOAD_OFFSET_HEADER: str(size_bytes)}
+            headers = {
+                routes.UPLOAD_OFFSET_HEADER: str(size_bytes),
+                routes.UPLOAD_COMPLETE_HEADER: complete,
+            }
             return Response(status_code=204, headers=headers)
         if size_bytes < upload.delta.size_bytes:
             raise _offset_mismatch(services, upload, "bytes are missing before the end")
-        return await to_thread.run_sync(_admit, services, upload, limiter=services.admissions)
+        receipt = await to_thread.run_sync(_admit, services, upload, limiter=services.admissions)
+        headers = {routes.UPLOAD_COMPLETE_HEADER: complete}
+        return JSONResponse(receipt.model_dump(mode="json"), headers=headers)
 
 
 def _begin_upload(services: Services, client: ClientRecord, delta: DeltaManifest) -> UploadRecord:
@@ -170,18 +189,30 @@ def _begin_upload(services: Services, client: ClientRecord, delta: DeltaManifest
             created_at=services.clock.now(),
         )
         services.store.add_upload(upload)
+        fault_point("upload.created")
         return upload
 
 
-def _check_append(services: Services, upload: UploadRecord, offset: int) -> None:
-    """Make sure that the delta is still wanted and that the bytes continue what is there."""
+def _claim(
+    services: Services, client: ClientRecord, upload_id: str, offset: int, held: ExitStack
+) -> UploadRecord:
+    """Have an upload to oneself, as long as ``held`` is open, and make sure that bytes go there.
+
+    The delta must still be wanted, and the bytes continue what is there.
+    """
+    upload = _own_upload(services, client, upload_id)
+    services.receiving.take_over(upload.assignment_id)
+    if not held.enter_context(services.receiving.hold(upload.assignment_id)):
+        raise _offset_mismatch(services, upload, "another request is sending this delta")
     try:
-        services.coordinator.intake.expect(upload.client_id, upload.delta)
+        with services.store.reading():
+            services.coordinator.intake.expect(upload.client_id, upload.delta)
     except RefusedError:
         discard(services, upload)
         raise
     if offset != _offset_bytes(services, upload):
         raise _offset_mismatch(services, upload, f"the upload does not stand at byte {offset}")
+    return upload
 
 
 async def _take_bytes(
@@ -197,12 +228,31 @@ async def _take_bytes(
     if room_bytes == 0:
         return offset
     part = services.home.upload_part(upload.upload_id)
-    return await receive(part, request.stream(), room_bytes)
+    block_bytes = partial(_block_bytes, services)
+    patience = Patience()
+    services.receiving.end_with(upload.assignment_id, patience.end)
+    size_bytes = await receive(part, request.stream(), room_bytes, patience, block_bytes)
+    services.quota.note_arrived(upload.upload_id, size_bytes - offset, services.clock.now())
+    return size_bytes
+
+
+def _check_digest(upload: UploadRecord, told: str) -> None:
+    """Refuse bytes that are said to be of another delta than the one announced."""
+    if parse_digest(told) not in {None, upload.delta.sha256}:
+        raise RefusedError(
+            ProblemCode.DELTA_CONFLICT, "these bytes are said to be of another delta"
+        )
+
+
+def _block_bytes(services: Services) -> int:
+    """Share the memory for blocks between all uploads, so that it does not grow with them."""
+    return min(BLOCK_BYTES, _BLOCKS_BYTES // len(services.receiving))
 
 
 def _admit(services: Services, upload: UploadRecord) -> DeltaReceipt:
     """Hand a complete delta over; the bytes of a refused one are discarded."""
     part = services.home.upload_part(upload.upload_id)
+    fault_point("upload.complete")
     try:
         receipt = services.coordinator.intake.admit(upload, part)
     except RefusedError as error:
@@ -211,6 +261,8 @@ def _admit(services: Services, upload: UploadRecord) -> DeltaReceipt:
         else:
             discard(services, upload)
         raise
+    finally:
+        services.quota.release(upload.upload_id)
     services.coordinator.wake()
     return receipt
 
@@ -224,10 +276,14 @@ def _own_upload(services: Services, client: ClientRecord, upload_id: str) -> Upl
 
 def _offset_bytes(services: Services, upload: UploadRecord) -> int:
     """Tell how many bytes are here; all of them once the delta is admitted."""
-    assignment = services.store.assignment(upload.assignment_id)
-    if services.coordinator.intake.is_counted(assignment):
+    if _is_counted(services, upload):
         return upload.delta.size_bytes
     return part_size_bytes(services.home.upload_part(upload.upload_id))
+
+
+def _is_counted(services: Services, upload: UploadRecord) -> bool:
+    assignment = services.store.assignment(upload.assignment_id)
+    return services.coordinator.intake.is_counted(assignment)
 
 
 def _offset_mismatch(services: Services, upload: UploadRecord, detail: str) -> RefusedError:
@@ -239,7 +295,11 @@ def _offset_mismatch(services: Services, upload: UploadRecord, detail: str) -> R
     )
 
 
-def _require_space(services: Services, size_bytes: int) -> None:
-    free_bytes = services.free_bytes(services.home.uploads)
-    if size_bytes > free_bytes - _SPARE_BYTES:
-        raise StorageFullError(f"no space for {size_bytes} bytes: the disk has {free_bytes} left")
+def _require_space(services: Services, upload: UploadRecord, offset_bytes: int) -> None:
+    services.quota.grant(
+        upload.upload_id,
+        upload.delta.size_bytes - offset_bytes,
+        free_bytes=services.free_bytes(services.home.uploads),
+        now=services.clock.now(),
+        is_begun=offset_bytes > 0,
+    )

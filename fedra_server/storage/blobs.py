@@ -8,24 +8,42 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.files import iterate_chunks
 from fedra_edge.protocol.models import BlobRef
 from fedra_server.errors import NotFoundError
-from fedra_server.storage.durability import disk_errors, make_directory, replace_durably
+from fedra_server.storage.durability import (
+    disk_errors,
+    make_directory,
+    replace_durably,
+    sync_directory,
+)
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LEFTOVER_AGE_S: Final = 86_400.0
 _CHUNK_BYTES: Final = 2**20
+_ASIDE: Final = ".aside"
+
+
+@dataclass(frozen=True)
+class StoredBlob:
+    """A blob as it lay on the disk; ``put_at_ns`` is when it was last put, by the file's clock."""
+
+    sha256: str
+    size_bytes: int
+    put_at_ns: int
 
 
 class BlobStore:
     """A directory of blobs, ``ab/abcd...``; many processes may read and add at once.
 
     Bytes are written beside the blobs first and get their name only when all of them are on
-    the disk, so that a blob that exists is whole whatever crashed.
+    the disk, so that a blob that exists is whole whatever crashed. Putting one that is there
+    makes it young again, which keeps the collector away until a record refers to it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,7 +51,7 @@ class BlobStore:
         self._incoming = directory / "incoming"
         with disk_errors("opening the blobs"):
             make_directory(self._incoming)
-            self._discard_leftovers()
+            self.discard_leftovers()
 
     def put_file(self, path: Path) -> BlobRef:
         """Copy a file in, without holding it in memory.
@@ -69,35 +87,80 @@ class BlobStore:
 
     def has(self, sha256: str) -> bool:
         """Tell whether a blob is here; text that is no digest is never here."""
-        return bool(_DIGEST.fullmatch(sha256)) and self._place(sha256).is_file()
+        return bool(DIGEST.fullmatch(sha256)) and self._place(sha256).is_file()
+
+    def stored(self) -> Iterator[StoredBlob]:
+        """Look at every blob, in no order."""
+        for path in self._directory.glob("??/*"):
+            if DIGEST.fullmatch(path.name):
+                try:
+                    state = path.stat()
+                except FileNotFoundError:
+                    continue
+                yield StoredBlob(path.name, state.st_size, state.st_mtime_ns)
+
+    def remove_unless_put(self, blob: StoredBlob) -> bool:
+        """Delete a blob, unless somebody has put it since it was looked at; tell whether it went.
+
+        Nobody can put what is out of its place, so it is compared there. Whoever put it a
+        moment before finds it back; whoever puts it meanwhile writes it anew.
+        """
+        aside = self._incoming / f"{blob.sha256}{_ASIDE}"
+        try:
+            self._place(blob.sha256).replace(aside)
+            fault_point("collect.aside")
+            if aside.stat().st_mtime_ns != blob.put_at_ns:
+                self._put_back(aside)
+                return False
+            aside.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def restore_aside(self) -> None:
+        """Put back what a killed collector had out of its place; only a collector may ask."""
+        for aside in self._incoming.glob(f"*{_ASIDE}"):
+            self._put_back(aside)
+
+    def discard_leftovers(self) -> None:
+        """Remove what killed processes left of a day ago; what is younger may be in the making."""
+        older_than = time.time() - _LEFTOVER_AGE_S
+        for part in self._incoming.glob("*.part"):
+            try:
+                if part.stat().st_mtime < older_than:
+                    part.unlink()
+            except FileNotFoundError:
+                continue
 
     def _place(self, sha256: str) -> Path:
         return self._directory / sha256[:2] / sha256
+
+    def _put_back(self, aside: Path) -> None:
+        place = self._place(aside.name.removesuffix(_ASIDE))
+        replace_durably(aside, place)
+        sync_directory(aside.parent)
 
     def _put(self, chunks: Iterable[bytes | memoryview]) -> BlobRef:
         part = self._incoming / f"{uuid.uuid4().hex}.part"
         try:
             blob = _write_synced(part, chunks)
             target = self._place(blob.sha256)
-            if not target.is_file():
+            if not _is_made_young(target):
                 make_directory(target.parent)
                 replace_durably(part, target)
         finally:
             part.unlink(missing_ok=True)
         return blob
 
-    def _discard_leftovers(self) -> None:
-        for part in self._leftovers(older_than=time.time() - _LEFTOVER_AGE_S):
-            part.unlink(missing_ok=True)
 
-    def _leftovers(self, older_than: float) -> Iterator[Path]:
-        """Find what a killed process left; a younger file may belong to one at work."""
-        for part in self._incoming.glob("*.part"):
-            try:
-                if part.stat().st_mtime < older_than:
-                    yield part
-            except FileNotFoundError:
-                continue
+def _is_made_young(path: Path) -> bool:
+    """Give a file the present time and make sure that its name lasts; tell whether it is there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    sync_directory(path.parent)  # another process may have named it this moment
+    return True
 
 
 def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> BlobRef:

@@ -89,6 +89,12 @@ class ClientRecords(Database):
         with self.writing() as connection:
             _update_member(connection, client_id, is_online=True, last_seen_at=now)
 
+    def cap_last_seen(self, now: float) -> None:
+        """Make nobody seen later than now, for when the machine's clock was set back."""
+        change = update(tables.clients).where(_CLIENTS.last_seen_at > now)
+        with self.writing() as connection:
+            connection.execute(change.values(last_seen_at=now))
+
     def set_offline(self, client_id: ClientId, now: float) -> None:
         """Note that a client said it goes offline.
 

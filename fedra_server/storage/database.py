@@ -5,9 +5,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
@@ -28,6 +28,11 @@ _POSTGRES_DISK_FULL: Final = "53100"
 _IN_MEMORY: Final = (None, "", ":memory:")
 _POOL_CONNECTIONS: Final = 5
 _MORE_CONNECTIONS: Final = 40
+_CACHE_BYTES: Final = 2**19
+"""Pages that an SQLite connection keeps for itself; the system keeps the file in memory anyway."""
+_MOST_LASTING: Final = 64
+
+Read = TypeVar("Read")
 
 
 class Database:
@@ -36,12 +41,50 @@ class Database:
     def __init__(self, url: str) -> None:
         self._engine = _create_engine(url)
         self._reader = self._engine.execution_options(**{_READS_ONLY: True})
+        self._view = threading.local()
+        self._lasting: dict[Hashable, Any] = {}
+        self._remembering = threading.Lock()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Give one consistent view of the records for as long as the block runs."""
-        with database_errors(), self._reader.begin() as connection:
-            yield connection
+        """Give one consistent view of the records for as long as the block runs.
+
+        Whatever the same thread reads inside the block is part of this view and costs little
+        more than its query; it does not see what it writes meanwhile.
+        """
+        outer: Connection | None = getattr(self._view, "connection", None)
+        with database_errors():
+            if outer is not None:
+                yield outer
+                return
+            with self._reader.begin() as connection:
+                self._view.connection = connection
+                self._view.seen = {}
+                try:
+                    yield connection
+                finally:
+                    self._view.connection = None
+
+    def read_once(self, key: Hashable, read: Callable[[Connection], Read]) -> Read:
+        """Read something, or give again what was read under this key in the same view."""
+        with self.reading() as connection:
+            seen: dict[Hashable, Any] = self._view.seen
+            if key not in seen:
+                seen[key] = read(connection)
+            return cast("Read", seen[key])
+
+    def read_lasting(self, key: Hashable, read: Callable[[Connection], Read]) -> Read:
+        """Read something that never changes once it is there, and remember the latest of it."""
+        with self._remembering:
+            if key in self._lasting:
+                return cast("Read", self._lasting[key])
+        with self.reading() as connection:
+            found = read(connection)
+        with self._remembering:
+            while len(self._lasting) >= _MOST_LASTING:
+                del self._lasting[next(iter(self._lasting))]
+            self._lasting[key] = found
+        return found
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -98,6 +141,7 @@ def _create_engine(url: str) -> Engine:
             hide_parameters=True,
             pool_size=_POOL_CONNECTIONS,
             max_overflow=_MORE_CONNECTIONS,
+            pool_use_lifo=True,  # the connection used last has its pages at hand
             pool_pre_ping=dialect != "sqlite",
         )
     except ArgumentError as error:
@@ -130,6 +174,7 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA cache_size=-{_CACHE_BYTES // 1024}")
     except sqlite3.Error:
         connection.close()
         raise

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import select
 
 from fedra_edge.protocol.devices import Calibration
-from fedra_edge.protocol.ids import ClientId
-from fedra_server.choosing import Population
+from fedra_edge.protocol.ids import AssignmentId, ClientId
+from fedra_server.choosing import Population, resting
+from fedra_server.rounds import Setback, WaitingDelta
 from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
 from fedra_server.storage.clients import find_calibrations
 from fedra_server.storage.database import Database
 from fedra_server.storage.evaluations import find_evaluations
+from fedra_server.storage.progress import (
+    MergeSummary,
+    find_merged,
+    find_setbacks,
+    find_waiting_deltas,
+    summarize_merges,
+)
 from fedra_server.storage.records import (
     AssignmentRecord,
     ClientRecord,
@@ -33,7 +41,9 @@ class RunHistory:
     """A run with all its records; ``clients`` holds the whole population, left members too.
 
     ``calibrations`` are the members' of the run's model; ``busy_elsewhere`` names who has work
-    of another run.
+    of another run. ``merges`` sums up what each revision merged of each piece, ``merged_in`` says
+    which one took the head of a delta, ``waiting`` has the deltas that still wait, and
+    ``setbacks`` who failed since it last delivered.
     """
 
     run: RunRecord
@@ -45,11 +55,21 @@ class RunHistory:
     clients: list[ClientRecord]
     calibrations: dict[ClientId, Calibration]
     busy_elsewhere: frozenset[ClientId]
+    merges: list[MergeSummary] = field(default_factory=list)
+    merged_in: dict[AssignmentId, int] = field(default_factory=dict)
+    waiting: list[WaitingDelta] = field(default_factory=list)
+    setbacks: dict[ClientId, Setback] = field(default_factory=dict)
 
-    def population(self, seen_since: float) -> Population:
+    def population(self, seen_since: float, now: float) -> Population:
         """Give the members at that moment; work of this very run keeps nobody busy."""
         members = [client for client in self.clients if not client.has_left]
-        return Population(members, self.calibrations, self.busy_elsewhere, seen_since)
+        return Population(
+            members,
+            self.calibrations,
+            self.busy_elsewhere,
+            seen_since,
+            resting(self.setbacks, now),
+        )
 
 
 class RunHistories(Database):
@@ -79,4 +99,8 @@ class RunHistories(Database):
                 clients=[client_record(row) for row in connection.execute(clients).all()],
                 calibrations=find_calibrations(connection, record.model_id),
                 busy_elsewhere=frozenset(map(ClientId, connection.execute(busy).scalars())),
+                merges=summarize_merges(connection, run),
+                merged_in=find_merged(connection, run),
+                waiting=find_waiting_deltas(connection, run),
+                setbacks=find_setbacks(connection, run),
             )

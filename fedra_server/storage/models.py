@@ -47,11 +47,14 @@ class ModelRecords(Database):
         Raises:
             NotFoundError: No such model.
         """
-        with self.reading() as connection:
+
+        def read(connection: Connection) -> ModelRecord:
             found = _find(connection, _MODELS.model_id == model_id)
-        if found is None:
-            raise NotFoundError(f"there is no model {model_id[:64]}")
-        return found
+            if found is None:
+                raise NotFoundError(f"there is no model {model_id[:64]}")
+            return found
+
+        return self.read_lasting(("model", model_id), read)
 
     def model_by_name(self, name: str) -> ModelRecord:
         """Give a model by its name.

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.devices import DeviceProfile
-from fedra_edge.protocol.ids import AssignmentId, ClientId, ModelId, RunId, UploadId
-from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.ids import AssignmentId, ClientId, LayerId, ModelId, RunId, UploadId
+from fedra_edge.protocol.layers import HEAD, layer_piece
+from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_server.runs import AssignmentState, RunSpec, RunState
@@ -42,23 +43,62 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run and where it stands."""
+    """A run and where it stands.
+
+    Revisions up to ``pruned_through`` cannot be recomputed any more: deltas that were merged into
+    these only, and blobs that only earlier ones name, may have been removed to free space.
+    """
 
     run: RunId
     model_id: ModelId
     spec: RunSpec
     state: RunState
     created_at: float
+    pruned_through: int = 0
 
 
 @dataclass(frozen=True)
 class RevisionRecord:
-    """A published adapter state; ``last_trained`` has the last round of each layer, 0 for none."""
+    """A published adapter state; ``last_trained`` has the last round of each layer, 0 for none.
+
+    ``versions`` counts the merges of each layer and, last, of the head; ``moments`` has the
+    server optimizer's state of each, None as long as it has none.
+    """
 
     run: RunId
     manifest: RevisionManifest
     last_trained: tuple[int, ...]
     published_at: float
+    versions: tuple[int, ...]
+    moments: tuple[BlobRef | None, ...]
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The pieces in the order of ``versions`` and ``moments``: layers, then the head."""
+        layers = range(len(self.manifest.layers))
+        return (*(layer_piece(LayerId(layer_id)) for layer_id in layers), HEAD)
+
+    @property
+    def version_by_piece(self) -> dict[str, int]:
+        """How often each piece was merged so far."""
+        return dict(zip(self.pieces, self.versions, strict=True))
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """The blobs of the pieces, in the same order."""
+        return (*self.manifest.layers, self.manifest.head)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRecord:
+    """A piece of a delta was merged into a revision; ``weight`` has the staleness in it."""
+
+    assignment_id: AssignmentId
+    piece: str
+    run: RunId
+    revision: int
+    weight: float
+    staleness: int
 
 
 @dataclass(frozen=True)

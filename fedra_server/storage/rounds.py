@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, exists, insert, select, update
 
 from fedra_edge.protocol.deltas import DeltaManifest
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
-from fedra_server.storage.records import AssignmentRecord, RevisionRecord, RoundRecord
+from fedra_server.storage.records import (
+    AssignmentRecord,
+    MergeRecord,
+    RevisionRecord,
+    RoundRecord,
+)
 from fedra_server.storage.rows import (
     assignment_record,
     assignment_values,
+    merge_values,
     revision_values,
     round_record,
     round_values,
@@ -24,13 +33,32 @@ from fedra_server.storage.rows import (
 _ROUNDS = tables.rounds.c
 _ASSIGNMENTS = tables.assignments.c
 _ONLY_PENDING = frozenset({AssignmentState.PENDING})
+_ROWS_AT_ONCE = 500
+_NOT_AWAITED = "the round did not wait any longer"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What one merge changes: all of it becomes true at once, or nothing.
+
+    ``merged`` are the deltas of which no piece waits any more, ``expired`` the assignments whose
+    deltas would be too stale from now on. One that ``leaves_none`` must have taken every delta
+    that is admitted.
+    """
+
+    revision: RevisionRecord
+    merges: Sequence[MergeRecord]
+    merged: Sequence[AssignmentId]
+    expired: Sequence[AssignmentId]
+    leaves_none: bool
+    finishes_run: bool
 
 
 class RoundRecords(Database):
     """Every method is one transaction.
 
-    Whatever changes a round or one of its assignments locks the round's row first, so that
-    a delta is either settled before its round is published or finds the round closed.
+    Whatever changes a round or one of its assignments locks the run's row first, so that a delta
+    is either settled before a revision is published or sees that it is.
     """
 
     def open_round(self, record: RoundRecord, assignments: Sequence[AssignmentRecord]) -> None:
@@ -40,6 +68,7 @@ class RoundRecords(Database):
             ConflictError: The run has an open round, or had one of this number.
         """
         with self.writing() as connection:
+            _lock_run(connection, record.run)
             if _current_round(connection, record.run) is not None:
                 raise ConflictError(f"run {record.run!r} has an open round already")
             connection.execute(insert(tables.rounds).values(round_values(record)))
@@ -66,16 +95,16 @@ class RoundRecords(Database):
         """
         change = update(tables.rounds).where(_ROUNDS.run == run, _ROUNDS.number == number)
         with self.writing() as connection:
-            _lock_open_round(connection, run, number)
+            _lock_run(connection, run)
+            _open_round(connection, run, number)
             connection.execute(change.values(deadline_at=deadline_at, draws=draws))
-            _expire(connection, _ASSIGNMENTS.assignment_id.in_(list(expire)), now)
+            _expire(connection, expire, now)
             _insert_assignments(connection, assignments)
-            return _lock_open_round(connection, run, number)
+            return _open_round(connection, run, number)
 
     def current_round(self, run: str) -> RoundRecord | None:
         """Give the round that is not published yet, if there is one."""
-        with self.reading() as connection:
-            return _current_round(connection, run)
+        return self.read_once(("round", run), lambda connection: _current_round(connection, run))
 
     def rounds(self, run: str) -> list[RoundRecord]:
         """Give all rounds of a run, oldest first."""
@@ -113,14 +142,12 @@ class RoundRecords(Database):
             return _assignment(connection, assignment_id)
 
     def open_assignment(self, client_id: ClientId) -> AssignmentRecord | None:
-        """Give the work a client has not settled yet, in a round that still waits for it."""
+        """Give the work that a client has not settled yet and that is still wanted."""
         query = (
             select(tables.assignments)
-            .join(tables.rounds)
             .where(
                 _ASSIGNMENTS.client_id == client_id,
                 _ASSIGNMENTS.state == AssignmentState.PENDING.value,
-                _ROUNDS.published_at.is_(None),
             )
             .order_by(_ASSIGNMENTS.issued_at)
             .limit(1)
@@ -128,6 +155,15 @@ class RoundRecords(Database):
         with self.reading() as connection:
             row = connection.execute(query).first()
         return None if row is None else assignment_record(row)
+
+    def dismiss(self, run: str, detail: str, now: float) -> int:
+        """Let everybody go who is at work on a run; tell how many there were."""
+        pending = (_ASSIGNMENTS.run == run) & (_ASSIGNMENTS.state == AssignmentState.PENDING.value)
+        values = {"state": AssignmentState.EXPIRED.value, "detail": detail, "settled_at": now}
+        with self.writing() as connection:
+            _lock_run(connection, run)
+            change = update(tables.assignments).where(pending).values(values)
+            return connection.execute(change).rowcount
 
     def settle(
         self,
@@ -143,7 +179,7 @@ class RoundRecords(Database):
 
         Raises:
             NotFoundError: No such assignment.
-            ConflictError: Its round is published, or its state is none of ``only_from``.
+            ConflictError: Its state is none of ``only_from``.
         """
         change = update(tables.assignments).where(
             _ASSIGNMENTS.assignment_id == assignment_id,
@@ -154,47 +190,41 @@ class RoundRecords(Database):
             values["delta"] = delta.model_dump_json()
         with self.writing() as connection:
             before = _assignment(connection, assignment_id)
-            _lock_open_round(connection, before.run, before.round_number)
+            _lock_run(connection, before.run)
             is_changed = connection.execute(change.values(values)).rowcount == 1
             after = _assignment(connection, assignment_id)
             if not is_changed:
                 raise ConflictError(f"assignment {assignment_id} is {after.state} already")
             return after
 
-    def publish(
-        self,
-        revision: RevisionRecord,
-        run: str,
-        round_number: int,
-        *,
-        merged: Collection[AssignmentId],
-        now: float,
-        finishes_run: bool,
-    ) -> None:
-        """End a round: its revision exists, its deltas are merged, what is pending expires.
+    def publish(self, publication: Publication, round_number: int, now: float) -> None:
+        """End a round: its revision exists, what was merged is recorded, others are let go.
 
         Raises:
             NotFoundError: No such round.
-            ConflictError: The round is published already, or ``merged`` is not exactly the set
-                of its admitted assignments, so that a delta would be lost or merged twice.
+            ConflictError: The round is published already, a piece was merged before, or a delta
+                would be left behind by a publication that leaves none.
         """
-        in_round = (_ASSIGNMENTS.run == run) & (_ASSIGNMENTS.round_number == round_number)
-        admitted = in_round & (_ASSIGNMENTS.state == AssignmentState.ADMITTED.value)
+        run = publication.revision.run
+        admitted = _ASSIGNMENTS.state == AssignmentState.ADMITTED.value
         with self.writing() as connection:
-            _lock_open_round(connection, run, round_number)
-            ids = connection.scalars(select(_ASSIGNMENTS.assignment_id).where(admitted)).all()
-            if set(ids) != set(merged):
-                raise ConflictError(f"round {round_number} admitted other deltas than were merged")
+            _lock_run(connection, run)
+            _open_round(connection, run, round_number)
             connection.execute(
-                update(tables.assignments)
-                .where(admitted)
-                .values(state=AssignmentState.MERGED.value)
+                insert(tables.revisions).values(revision_values(publication.revision))
             )
-            _expire(connection, in_round, now)
-            connection.execute(insert(tables.revisions).values(revision_values(revision)))
+            for start in range(0, len(publication.merges), _ROWS_AT_ONCE):
+                some = publication.merges[start : start + _ROWS_AT_ONCE]
+                connection.execute(insert(tables.merges), [merge_values(it) for it in some])
+            _set_state(connection, publication.merged, admitted, AssignmentState.MERGED)
+            left = select(exists().where(_ASSIGNMENTS.run == run, admitted))
+            if publication.leaves_none and connection.scalar(left):
+                raise ConflictError(f"round {round_number} admitted other deltas than were merged")
+            _expire(connection, publication.expired, now)
             _close_round(connection, run, round_number, now)
-            if finishes_run:
+            if publication.finishes_run:
                 _finish_run(connection, run)
+            fault_point("publish.written")
 
 
 def find_rounds(connection: Connection, run: str) -> list[RoundRecord]:
@@ -222,10 +252,16 @@ def _current_round(connection: Connection, run: str) -> RoundRecord | None:
     return None if row is None else round_record(row)
 
 
-def _lock_open_round(connection: Connection, run: str, number: int) -> RoundRecord:
-    """Lock a round's row to the end of the transaction; SQLite's writer holds the whole file."""
+def _lock_run(connection: Connection, run: str) -> None:
+    """Lock a run's row to the end of the transaction; SQLite's writer holds the whole file."""
+    query = select(tables.runs.c.run).where(tables.runs.c.run == run)
+    if connection.execute(query.with_for_update()).one_or_none() is None:
+        raise NotFoundError(f"there is no run {run!r}")
+
+
+def _open_round(connection: Connection, run: str, number: int) -> RoundRecord:
     query = select(tables.rounds).where(_ROUNDS.run == run, _ROUNDS.number == number)
-    row = connection.execute(query.with_for_update()).one_or_none()
+    row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFoundError(f"run {run!r} has no round {number}")
     if row.published_at is not None:
@@ -246,17 +282,26 @@ def _insert_assignments(connection: Connection, records: Sequence[AssignmentReco
         connection.execute(insert(tables.assignments), [assignment_values(r) for r in records])
 
 
-def _expire(connection: Connection, which: ColumnElement[bool], now: float) -> None:
+def _expire(connection: Connection, which: Collection[AssignmentId], now: float) -> None:
+    """Let go of those that are still pending."""
     pending = _ASSIGNMENTS.state == AssignmentState.PENDING.value
-    connection.execute(
-        update(tables.assignments)
-        .where(which & pending)
-        .values(
-            state=AssignmentState.EXPIRED.value,
-            detail="the round did not wait any longer",
-            settled_at=now,
-        )
-    )
+    values = {"detail": _NOT_AWAITED, "settled_at": now}
+    _set_state(connection, which, pending, AssignmentState.EXPIRED, values)
+
+
+def _set_state(
+    connection: Connection,
+    which: Collection[AssignmentId],
+    condition: ColumnElement[bool],
+    state: AssignmentState,
+    values: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Move assignments on, however many, where the condition still holds."""
+    if which:
+        chosen = _ASSIGNMENTS.assignment_id == bindparam("chosen")
+        change = update(tables.assignments).where(chosen & condition)
+        rows = [{"chosen": assignment_id} for assignment_id in which]
+        connection.execute(change.values(state=state.value, **values), rows)
 
 
 def _close_round(connection: Connection, run: str, number: int, now: float) -> None:

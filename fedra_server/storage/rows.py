@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.devices import DeviceProfile
 from fedra_edge.protocol.ids import AssignmentId, ClientId, ModelId, RunId, UploadId
-from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_server.runs import AssignmentState, RunSpec, RunState
@@ -18,6 +18,7 @@ from fedra_server.storage.records import (
     AssignmentRecord,
     ClientRecord,
     EvaluationRecord,
+    MergeRecord,
     ModelRecord,
     RevisionRecord,
     RoundRecord,
@@ -27,7 +28,8 @@ from fedra_server.storage.records import (
 
 Values = dict[str, object]
 AnyRow = Row[Any]
-_ROUND_NUMBERS = TypeAdapter(tuple[int, ...])
+_NUMBERS = TypeAdapter(tuple[int, ...])
+_BLOBS = TypeAdapter(tuple[BlobRef | None, ...])
 
 
 def client_values(record: ClientRecord, credential_sha256: str) -> Values:
@@ -73,6 +75,7 @@ def run_values(record: RunRecord) -> Values:
         "spec": record.spec.model_dump_json(),
         "state": record.state.value,
         "created_at": record.created_at,
+        "pruned_through": record.pruned_through,
     }
 
 
@@ -84,6 +87,7 @@ def run_record(row: AnyRow) -> RunRecord:
         spec=RunSpec.model_validate_json(row.spec),
         state=RunState(row.state),
         created_at=row.created_at,
+        pruned_through=row.pruned_through,
     )
 
 
@@ -93,8 +97,10 @@ def revision_values(record: RevisionRecord) -> Values:
         "run": record.run,
         "number": record.manifest.number,
         "manifest": record.manifest.model_dump_json(),
-        "last_trained": _ROUND_NUMBERS.dump_json(record.last_trained).decode(),
+        "last_trained": _NUMBERS.dump_json(record.last_trained).decode(),
         "published_at": record.published_at,
+        "versions": _NUMBERS.dump_json(record.versions).decode(),
+        "moments": _BLOBS.dump_json(record.moments).decode(),
     }
 
 
@@ -103,8 +109,34 @@ def revision_record(row: AnyRow) -> RevisionRecord:
     return RevisionRecord(
         run=RunId(row.run),
         manifest=RevisionManifest.model_validate_json(row.manifest),
-        last_trained=_ROUND_NUMBERS.validate_json(row.last_trained),
+        last_trained=_NUMBERS.validate_json(row.last_trained),
         published_at=row.published_at,
+        versions=_NUMBERS.validate_json(row.versions),
+        moments=_BLOBS.validate_json(row.moments),
+    )
+
+
+def merge_values(record: MergeRecord) -> Values:
+    """Give the columns of a merge."""
+    return {
+        "assignment_id": record.assignment_id,
+        "piece": record.piece,
+        "run": record.run,
+        "revision": record.revision,
+        "weight": record.weight,
+        "staleness": record.staleness,
+    }
+
+
+def merge_record(row: AnyRow) -> MergeRecord:
+    """Read a merge."""
+    return MergeRecord(
+        assignment_id=AssignmentId(row.assignment_id),
+        piece=row.piece,
+        run=RunId(row.run),
+        revision=row.revision,
+        weight=row.weight,
+        staleness=row.staleness,
     )
 
 

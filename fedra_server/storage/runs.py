@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -45,8 +46,7 @@ class RunRecords(Database):
         Raises:
             NotFoundError: No such run.
         """
-        with self.reading() as connection:
-            return find_run(connection, run)
+        return self.read_once(("run", run), lambda connection: find_run(connection, run))
 
     def runs(self) -> list[RunRecord]:
         """Give all runs, in the order they were created."""
@@ -78,15 +78,9 @@ class RunRecords(Database):
         Raises:
             NotFoundError: No such run or revision.
         """
-        query = select(tables.revisions).where(_REVISIONS.run == run)
-        if number is not None:
-            query = query.where(_REVISIONS.number == number)
-        with self.reading() as connection:
-            row = connection.execute(query.order_by(_REVISIONS.number.desc()).limit(1)).first()
-        if row is None:
-            which = "any revision" if number is None else f"a revision {number}"
-            raise NotFoundError(f"there is no run {run!r} with {which}")
-        return revision_record(row)
+        key = ("revision", run, number)
+        read = partial(_find_revision, run=run, number=number)
+        return self.read_once(key, read) if number is None else self.read_lasting(key, read)
 
     def revisions(self, run: str) -> list[RevisionRecord]:
         """Give all revisions of a run, oldest first."""
@@ -100,6 +94,17 @@ def find_run(connection: Connection, run: str) -> RunRecord:
     if row is None:
         raise NotFoundError(f"there is no run {run!r}", remedy="See `fedra-server run list`.")
     return run_record(row)
+
+
+def _find_revision(connection: Connection, *, run: str, number: int | None) -> RevisionRecord:
+    query = select(tables.revisions).where(_REVISIONS.run == run)
+    if number is not None:
+        query = query.where(_REVISIONS.number == number)
+    row = connection.execute(query.order_by(_REVISIONS.number.desc()).limit(1)).first()
+    if row is None:
+        which = "any revision" if number is None else f"a revision {number}"
+        raise NotFoundError(f"there is no run {run!r} with {which}")
+    return revision_record(row)
 
 
 def find_revisions(connection: Connection, run: str) -> list[RevisionRecord]:

@@ -11,8 +11,11 @@ from fedra_server.storage.evaluations import EvaluationRecords
 from fedra_server.storage.histories import RunHistories
 from fedra_server.storage.migrating import migrate
 from fedra_server.storage.models import ModelRecords
+from fedra_server.storage.progress import ProgressRecords
+from fedra_server.storage.retention import Retention
 from fedra_server.storage.rounds import RoundRecords
 from fedra_server.storage.runs import RunRecords
+from fedra_server.storage.trails import Trails
 from fedra_server.storage.uploads import UploadRecords
 
 
@@ -21,9 +24,12 @@ class Store(
     ModelRecords,
     RunRecords,
     RoundRecords,
+    ProgressRecords,
     UploadRecords,
     EvaluationRecords,
     RunHistories,
+    Trails,
+    Retention,
 ):
     """The records of one server.
 

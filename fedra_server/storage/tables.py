@@ -59,6 +59,7 @@ runs = Table(
     Column("spec", Text, nullable=False),
     Column("state", String(16), nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("pruned_through", Integer, nullable=False, server_default="0"),
 )
 
 revisions = Table(
@@ -69,6 +70,8 @@ revisions = Table(
     Column("manifest", Text, nullable=False),
     Column("last_trained", Text, nullable=False),
     Column("published_at", Float, nullable=False),
+    Column("versions", Text, nullable=False, server_default="[]"),
+    Column("moments", Text, nullable=False, server_default="[]"),
 )
 
 rounds = Table(
@@ -101,6 +104,20 @@ assignments = Table(
     ForeignKeyConstraint(["run", "round_number"], ["rounds.run", "rounds.number"]),
     Index("assignments_by_round", "run", "round_number"),
     Index("assignments_by_client", "client_id", "state"),
+    Index("assignments_by_state", "run", "state"),
+)
+
+merges = Table(
+    "merges",
+    METADATA,
+    Column("assignment_id", ForeignKey("assignments.assignment_id"), primary_key=True),
+    Column("piece", String(16), primary_key=True),
+    Column("run", String(64), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("weight", Float, nullable=False),
+    Column("staleness", Integer, nullable=False),
+    ForeignKeyConstraint(["run", "revision"], ["revisions.run", "revisions.number"]),
+    Index("merges_by_revision", "run", "revision"),
 )
 
 uploads = Table(

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from fedra_server.reporting import Accuracy, ClientReport, ParticipantReport, RunReport
+from fedra_server.reports import Accuracy, ClientReport, ParticipantReport, RunReport
 from sdk_examples.demo.running import Budget
 
 _MEBIBYTE: Final = 2**20

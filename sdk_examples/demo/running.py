@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from fedra_edge.protocol.devices import Backend
-from fedra_server.reporting import ParticipantReport, RunReport
+from fedra_server.reports import ParticipantReport, RunReport
 from fedra_server.runs import RunState
 from sdk_examples.demo.following import ClientLogs, Standing
 from sdk_examples.demo.processes import DemoError, Programs, read_text, run_command

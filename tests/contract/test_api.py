@@ -153,13 +153,24 @@ def test_a_heartbeat_tells_whether_the_work_is_still_wanted(
     assert site.call(routes.HEARTBEAT, beat).json() == {"is_wanted": False}
 
 
-@pytest.mark.parametrize("route", [routes.OFFLINE, routes.LEAVE])
-def test_nobody_waits_for_a_client_that_said_goodbye(
-    hq: Headquarters, participant: tuple[Site, SliceManifest], route: routes.Route
+def test_nobody_waits_for_a_client_that_left(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
 ) -> None:
     site, manifest = participant
-    assert site.call(route).status_code == 204
+    assert site.call(routes.LEAVE).status_code == 204
     assert hq.services.store.assignment(manifest.id).state == "failed"
+
+
+def test_a_client_that_said_goodbye_finds_its_work_again_and_nobody_waits_meanwhile(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, manifest = participant
+    before = hq.services.store.progress(manifest.run, 0.0)
+    assert site.call(routes.OFFLINE).status_code == 204
+    meanwhile = hq.services.store.progress(manifest.run, 0.0)
+    assert (meanwhile.at_work, meanwhile.silent) == (before.at_work - 1, before.silent)
+    assert site.work().assignment_id == manifest.assignment_id
+    assert hq.services.store.progress(manifest.run, 0.0) == before
 
 
 def test_an_evaluation_can_be_repeated(hq: Headquarters, site: Site) -> None:

@@ -24,7 +24,7 @@ from fedra_edge.slicing import materialize
 from fedra_edge.training.sampling import draw_batches
 from fedra_edge.training.torch_trainer import TorchTrainer
 from fedra_server.merging import Contributor
-from fedra_server.publishing import Contribution, merged_revision
+from fedra_server.publishing import Arrival, merged_revision, trained_pieces
 from fedra_server.storage.records import RevisionRecord
 from tests.support.builders import make_run_spec
 from tests.support.surroundings import room_for
@@ -59,9 +59,12 @@ def seed_of(round_number: int, client: int) -> int:
 def our_run(tiny: TinyVit, directory: Path, residency: Residency) -> Mapping[str, FloatArray]:
     """Run the project's own stages: materialize, train, delta, merge, publish."""
     run_spec = make_run_spec(adapter=ADAPTER, merge_weighting="uniform")
-    revision = RevisionRecord(RunId("run"), tiny.revision, (0,) * NUM_LAYERS, 0.0)
+    pieces = NUM_LAYERS + 1
+    revision = RevisionRecord(
+        RunId("run"), tiny.revision, (0,) * NUM_LAYERS, 0.0, (0,) * pieces, (None,) * pieces
+    )
     for round_number in range(1, ROUNDS + 1):
-        contributions = []
+        arrivals = []
         for client in CLIENTS:
             manifest = tiny.manifest(
                 LAYERS, training=TRAINING, steps=STEPS, seed=seed_of(round_number, client),
@@ -74,10 +77,9 @@ def our_run(tiny: TinyVit, directory: Path, residency: Residency) -> Mapping[str
             path = directory / f"{round_number}-{client}.safetensors"
             path.write_bytes(pack_delta(compute_delta(work.adapters, trained.adapters)))
             contributor = Contributor(AssignmentId(str(client)), trained.num_examples, 1.0)
-            contributions.append(Contribution(contributor, manifest.trained_layer_ids, path))
-        revision = merged_revision(
-            revision, contributions, run_spec, tiny.blobs, round_number=round_number, now=0.0
-        )
+            pieces_trained = trained_pieces(manifest.trained_layer_ids)
+            arrivals.append(Arrival(contributor, pieces_trained, revision.versions, path))
+        revision, _ = merged_revision(revision, arrivals, run_spec, tiny.blobs, now=0.0)
     blobs = (*revision.manifest.layers, revision.manifest.head)
     tensors: dict[str, FloatArray] = {}
     for blob in blobs:

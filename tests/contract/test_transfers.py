@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ import httpx
 import pytest
 
 from fedra_edge.protocol import routes
+from fedra_edge.protocol.digests import format_digest, parse_digest
 from fedra_edge.protocol.ids import UploadId
+from fedra_edge.protocol.messages import DeltaReceipt
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_server.http.discarding import discard_dead_uploads
 from fedra_server.runs import AssignmentState
@@ -134,7 +137,8 @@ def test_an_upload_is_resumed_byte_for_byte(
         str(len(delta.data)),
     )
     answer = site.append(upload.upload_id, delta.data[200:], offset=200)
-    assert answer.json() == {"assignment_id": work.assignment_id, "status": "admitted"}
+    receipt = DeltaReceipt.model_validate_json(answer.content)
+    assert (receipt.assignment_id, receipt.status) == (work.assignment_id, "admitted")
     assert hq.services.home.delta_file(work.id).read_bytes() == delta.data
 
 
@@ -222,35 +226,126 @@ def test_unclear_headers_are_malformed(
     assert answer.status_code == 422
 
 
-def test_two_requests_never_write_to_one_upload(
+def test_a_sender_that_comes_back_takes_over_from_its_dead_connection(
     hq: Headquarters, participant: tuple[Site, SliceManifest]
 ) -> None:
     site, work = participant
     delta = hq.delta(work)
     upload = site.announce(delta)
-    started, finish = threading.Event(), threading.Event()
+    finish = threading.Event()
     answers: list[httpx.Response] = []
 
-    def slowly() -> Iterator[bytes]:
+    def stalling() -> Iterator[bytes]:
         yield delta.data[:10]
-        started.set()
         finish.wait(20)
         yield delta.data[10:]
 
     def send() -> None:
         with connection(hq.url, site.http.headers) as http:
             sender = Site(site.client_id, site.credential, http)
-            answers.append(sender.append(upload.upload_id, slowly()))
+            answers.append(sender.append(upload.upload_id, stalling()))
 
     thread = threading.Thread(target=send)
     thread.start()
-    assert started.wait(20)
     wait_until(lambda: hq.services.receiving.is_held(work.id))
-    rival = site.append(upload.upload_id, delta.data)
+    wait_until(lambda: site.announce(delta).offset_bytes == 10)
+    assert site.append(upload.upload_id, delta.data[10:], offset=10).status_code == 200
     finish.set()
     thread.join(20)
-    assert (rival.status_code, rival.json()["code"]) == (409, "offset-mismatch")
-    assert [answer.status_code for answer in answers] == [200]
+    assert [answer.status_code for answer in answers] == [409]
+    assert hq.services.home.delta_file(work.id).read_bytes() == delta.data
+
+
+@pytest.mark.parametrize("call", ["append", "offset"])
+def test_every_call_about_an_upload_ends_the_one_before(
+    hq: Headquarters, participant: tuple[Site, SliceManifest], call: str
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    part = hq.services.home.upload_part(UploadId(upload.upload_id))
+    finish = threading.Event()
+
+    def stalling() -> Iterator[bytes]:
+        yield delta.data[:10]
+        finish.wait(20)
+
+    def send() -> None:
+        with (
+            connection(hq.url, site.http.headers) as http,
+            contextlib.suppress(httpx.HTTPError),
+        ):
+            sender = Site(site.client_id, site.credential, http)
+            sender.append(upload.upload_id, stalling(), complete=False)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    wait_until(lambda: hq.services.receiving.is_held(work.id))
+    if call == "offset":
+        wait_until(lambda: offset_of(site, upload.upload_id).headers["Upload-Offset"] == "10")
+    else:
+        wait_until(
+            lambda: site.append(upload.upload_id, b"", offset=10, complete=False).status_code == 204
+        )
+    assert not hq.services.receiving.is_held(work.id)
+    assert part.read_bytes() == delta.data[:10]
+    finish.set()
+    thread.join(20)
+
+
+def test_headers_say_what_the_draft_asks_for(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    digest = format_digest(delta.manifest.sha256)
+    path = {"upload_id": upload.upload_id}
+    partial = {"Content-Type": "application/partial-upload", "Repr-Digest": digest}
+    begun = site.call(
+        routes.UPLOAD_APPEND,
+        parts=path,
+        headers={**partial, "Upload-Offset": "0", "Upload-Complete": "?0"},
+        content=delta.data[:100],
+    )
+    assert (begun.status_code, begun.headers["Upload-Complete"]) == (204, "?0")
+    assert offset_of(site, upload.upload_id).headers["Upload-Complete"] == "?0"
+    done = site.call(
+        routes.UPLOAD_APPEND,
+        parts=path,
+        headers={**partial, "Upload-Offset": "100", "Upload-Complete": "?1"},
+        content=delta.data[100:],
+    )
+    assert (done.status_code, done.headers["Upload-Complete"]) == (200, "?1")
+    assert offset_of(site, upload.upload_id).headers["Upload-Complete"] == "?1"
+
+
+def test_bytes_of_another_delta_are_refused(
+    hq: Headquarters, participant: tuple[Site, SliceManifest]
+) -> None:
+    site, work = participant
+    delta = hq.delta(work)
+    upload = site.announce(delta)
+    headers = {
+        "Upload-Offset": "0",
+        "Upload-Complete": "?1",
+        "Repr-Digest": format_digest("0" * 64),
+    }
+    parts = {"upload_id": upload.upload_id}
+    answer = site.call(routes.UPLOAD_APPEND, parts=parts, headers=headers, content=delta.data)
+    assert (answer.status_code, answer.json()["code"]) == (409, "delta-conflict")
+    assert offset_of(site, upload.upload_id).headers["Upload-Offset"] == "0"
+
+
+@pytest.mark.parametrize("text", ["", "md5=:abc:", "sha-256=abc", "sha-256=:x:", "sha-512=::"])
+def test_other_digests_say_nothing(text: str) -> None:
+    assert parse_digest(text) is None
+
+
+def test_a_digest_is_found_among_others() -> None:
+    sha256 = bytes(range(32)).hex()
+    assert parse_digest(format_digest(sha256)) == sha256
+    assert parse_digest(f"md5=:AAAA:, {format_digest(sha256)}, sha-512=:AAAA:") == sha256
 
 
 def test_what_arrived_before_a_broken_connection_is_kept(
@@ -260,11 +355,9 @@ def test_what_arrived_before_a_broken_connection_is_kept(
     delta = hq.delta(work)
     upload = site.announce(delta)
 
-    part = hq.services.home.upload_part(UploadId(upload.upload_id))
-
     def breaking() -> Iterator[bytes]:
         yield delta.data[:500]
-        wait_until(part.exists)
+        wait_until(lambda: hq.services.receiving.is_held(work.id))
         threading.Event().wait(0.3)
         raise ConnectionAbortedError
 

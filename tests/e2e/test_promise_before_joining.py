@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedra_server.reporting import ClientReport
+from fedra_server.reports import ClientReport
 from tests.support.edges import run_edge_command
 from tests.support.federation import MODEL, Federation, running_federation
 from tests.support.servers import run_server_command

@@ -17,9 +17,9 @@ DOCUMENTS = sorted(
 COMMANDS = {
     "fedra_edge": ["join", "profile", "status", "leave", "evaluate", "predict", "version"],
     "fedra_server": [
-        "init", "serve", "export", "version", "model add", "model list", "model show",
-        "client list", "run create", "run start", "run pause", "run stop", "run status", "run list",
-        "run plan",
+        "init", "serve", "export", "audit", "prune", "version",
+        "model add", "model list", "model show", "client list",
+        "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
     ],
 }  # fmt: skip
 
@@ -39,7 +39,12 @@ def test_tests_and_modules_that_documents_name_exist(document: Path) -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("goal", ["install", "demo", "test", "check", "format", "bench"])
+GOALS = [
+    "install", "demo", "test", "check", "format", "bench", "fuzz", "sbom", "audit-dependencies",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("goal", GOALS)
 def test_make_goals_that_documents_name_exist(goal: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", goal], cwd=ROOT, capture_output=True, check=False

@@ -236,7 +236,14 @@ def make_run(name: str = RUN, state: RunState = RunState.RUNNING) -> RunRecord:
 
 def make_revision(number: int = 0, run: str = RUN) -> RevisionRecord:
     manifest = make_revision_manifest(number)
-    return RevisionRecord(RunId(run), manifest, (number,) * 4, published_at=NOW + number)
+    return RevisionRecord(
+        run=RunId(run),
+        manifest=manifest,
+        last_trained=(number,) * 4,
+        published_at=NOW + number,
+        versions=(number,) * 5,
+        moments=(None,) * 5,
+    )
 
 
 def make_round(number: int = 1, run: str = RUN) -> RoundRecord:

@@ -21,6 +21,7 @@ from fedra_edge.outbox import Outbox
 
 Event = dict[str, Any]
 
+NONE: Mapping[str, str] = {}
 PATIENCE_S = 90.0
 _ROOT = Path(__file__).parents[2]
 _TICK_S = 0.05
@@ -52,7 +53,13 @@ def run_edge_command(
 class EdgeProcess:
     """A client that takes part; every JSON line that it wrote is kept in ``events``."""
 
-    def __init__(self, command: list[str], log: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        settings: Mapping[str, str],
+        variables: Mapping[str, str] = NONE,
+    ) -> None:
         self.log = log
         self.events: list[Event] = []
         self._news = threading.Condition()
@@ -63,7 +70,7 @@ class EdgeProcess:
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 encoding="utf-8",
-                env=_environment(settings),
+                env={**_environment(settings), **variables},
             )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -145,7 +152,8 @@ class EdgeSite:
     """A machine that takes part: home, data and log outlive each process of its client.
 
     ``launcher`` is put before the command of each client, for limits to run it under;
-    ``python`` is the interpreter of the environment it is installed in, if not this one.
+    ``python`` is the interpreter of the environment it is installed in, if not this one;
+    ``variables`` are further ones of its environment.
     """
 
     name: str
@@ -157,6 +165,7 @@ class EdgeSite:
     settings: Mapping[str, str] = field(default_factory=dict)
     launcher: tuple[str, ...] = ()
     python: Path | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
     processes: list[EdgeProcess] = field(default_factory=list)
 
     @property
@@ -175,7 +184,7 @@ class EdgeSite:
             "--home", str(self.home), "--data", str(self.data), "--name", self.name,
             *self.options, *options,
         ]  # fmt: skip
-        self.processes.append(EdgeProcess(command, self.log, self.settings))
+        self.processes.append(EdgeProcess(command, self.log, self.settings, self.variables))
         return self.client
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 
 from fedra_edge.protocol.tensors import FloatArray, read_tensors
 from fedra_server.config import ServerHome
-from fedra_server.reporting import RunReport, report_run
+from fedra_server.reporting import report_run
+from fedra_server.reports import RunReport
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import AssignmentRecord, ClientRecord
@@ -42,12 +43,15 @@ def prepare_home(directory: Path, *options: str) -> Path:
 class Federation:
     """A server that cannot import a training framework, and the sites that join it."""
 
-    def __init__(self, home: Path, prepared: Path) -> None:
+    def __init__(
+        self, home: Path, prepared: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
         shutil.copytree(prepared, home, dirs_exist_ok=True)
         self.home = ServerHome(home)
         self.store = Store.open(home)
         self.blobs = BlobStore(self.home.blobs)
-        self.server = start_server(home, without=NO_FRAMEWORK)
+        self._variables = variables
+        self.server = start_server(home, without=NO_FRAMEWORK, variables=variables)
         self.sites: dict[str, EdgeSite] = {}
 
     @property
@@ -149,7 +153,9 @@ class Federation:
     def start_server_again(self) -> None:
         """Start it on the same home and port."""
         port = int(self.url.rpartition(":")[2])
-        self.server = start_server(self.home.path, port=port, without=NO_FRAMEWORK)
+        self.server = start_server(
+            self.home.path, port=port, without=NO_FRAMEWORK, variables=self._variables
+        )
 
     def have_server(self) -> None:
         """Start the server again if it does not run."""
@@ -172,9 +178,14 @@ class Federation:
 
 
 @contextmanager
-def running_federation(home: Path, prepared: Path) -> Iterator[Federation]:
-    """Have a server and its sites for the length of a block."""
-    federation = Federation(home, prepared)
+def running_federation(
+    home: Path, prepared: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[Federation]:
+    """Have a server and its sites for the length of a block.
+
+    ``variables`` are further ones of the server's environment.
+    """
+    federation = Federation(home, prepared, variables)
     try:
         yield federation
     finally:

@@ -208,15 +208,24 @@ def honest_delta(spec: ModelSpec, manifest: SliceManifest) -> Delta:
 
 
 def register_model(store: Store, blobs: BlobStore) -> ModelSpec:
-    """Register a tiny model whose head is a real blob."""
+    """Register a tiny model whose blobs are there; only the head's holds tensors."""
     spec = make_model_spec(num_layers=4)
     generator = np.random.default_rng(3)
     head = {
         name: generator.normal(size=shape).astype(np.float32)
         for name, shape in spec.head_parameters.items()
     }
-    blob = blobs.put_bytes(serialize_tensors(head))
-    spec = spec.model_copy(update={"head": spec.head.model_copy(update={"weights": blob})})
+    bodies = [blobs.put_bytes(b"the weights of a piece")] * (1 + spec.num_layers)
+    stem, *layers, head_piece = (
+        piece.model_copy(update={"weights": blob})
+        for piece, blob in zip(
+            (spec.stem, *spec.layers, spec.head),
+            (*bodies, blobs.put_bytes(serialize_tensors(head))),
+            strict=True,
+        )
+    )
+    pieces = {"stem": stem, "layers": tuple(layers), "head": head_piece}
+    spec = spec.model_copy(update=pieces)
     store.add_model(spec, SystemClock().now())
     return spec
 

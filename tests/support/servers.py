@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+
+from fedra_edge.protocol.fault_points import FAULT_VARIABLE
 
 _ROOT = Path(__file__).parents[2]
 _MAIN = "from fedra_server.cli import main; main()"
@@ -47,21 +50,26 @@ def start_server(
     settings: Mapping[str, str] | None = None,
     without: Sequence[str] = (),
     max_open_files: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> ServerProcess:
     """Start a server on a home, made if need be, and wait until it listens.
 
     ``settings`` are FEDRA_SERVER_* settings by their names in server.toml; the packages named
     in ``without`` are as if they were not installed. ``max_open_files`` is the most that the
-    system then allows the server.
+    system then allows the server. ``variables`` are further ones of its environment.
     """
-    run_server_command("init", "--home", str(home))
+    if not (home / "server.toml").exists():
+        run_server_command("init", "--home", str(home))
     log = home.with_name(f"{home.name}.log")
     command = [*_command(without), "serve", "--home", str(home), "--port", str(port)]
     if max_open_files is not None:
         command = ["sh", "-c", f'ulimit -n {max_open_files}; exec "$@"', "sh", *command]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=_environment(settings or {})
+            command,
+            stdout=output,
+            stderr=output,
+            env={**_environment(settings or {}), **(variables or {})},
         )
     try:
         return ServerProcess(home, _url_when_ready(home, process, log), log, process)
@@ -69,6 +77,22 @@ def start_server(
         process.kill()
         process.wait()
         raise
+
+
+def serve_until_killed(
+    home: Path, fault_point: str, *, port: int = 0, without: Sequence[str] = ()
+) -> None:
+    """Serve a home until the process kills itself at a fault point."""
+    command = [*_command(without), "serve", "--home", str(home), "--port", str(port)]
+    with home.with_name(f"{home.name}.log").open("ab") as output:
+        environment = {**_environment({}), FAULT_VARIABLE: fault_point}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        code = process.wait(_START_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert code == -signal.SIGKILL, f"ended with {code} instead of at {fault_point}"
 
 
 @contextmanager
@@ -92,6 +116,7 @@ def run_server_command(
     settings: Mapping[str, str] | None = None,
     check: bool = True,
     without: Sequence[str] = (),
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
     """Run any fedra-server command to its end."""
     return subprocess.run(
@@ -99,7 +124,7 @@ def run_server_command(
         check=check,
         capture_output=True,
         encoding="utf-8",
-        env=_environment(settings or {}),
+        env={**_environment(settings or {}), **variables},
         timeout=_START_S,
     )
 

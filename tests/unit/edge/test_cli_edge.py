@@ -79,7 +79,7 @@ def test_the_version_is_told_as_json() -> None:
     done = fedra_edge("version", "--json")
     assert done.returncode == ExitCode.OK
     told = json.loads(done.stdout)
-    assert told["protocol"] == "1.0"
+    assert told["protocol"] == "1.1"
     assert "torch" in told["backends"]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fedra_edge.config import default_name, load_config, load_site_config, parse_size
 from fedra_edge.errors import ConfigurationError
+from fedra_edge.link import Link
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,10 @@ def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ({"server": "http://plant", "serverr": "x"}, "serverr"),
         ({"server": "http://plant", "max_layers": 0}, "--max-layers should be greater"),
         ({"server": "http://plant", "poll_s": -1}, "FEDRA_EDGE_POLL_S should be"),
+        ({"server": "http://plant", "mirrors": ["ftp://nas"]}, "--mirror: 'ftp://nas' is no"),
+        ({"server": "http://plant", "max_bandwidth": "fast"}, "--max-bandwidth: 'fast' is no size"),
+        ({"server": "http://plant", "max_bandwidth": "1"}, "--max-bandwidth should be greater"),
+        ({"server": "http://plant", "proxy": "proxy:3128"}, "--proxy: this is no proxy address"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(options: dict[str, object], complaint: str) -> None:
@@ -75,6 +80,22 @@ def test_each_server_has_its_own_identity_and_outbox(tmp_path: Path) -> None:
     assert one.membership != other.membership
     assert one.blobs == other.blobs
     assert one.outbox.is_relative_to(tmp_path)
+
+
+def test_mirrors_come_from_options_or_with_commas_between_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDRA_EDGE_MIRRORS", "/media/my stick, http://nas:8080/weights/")
+    assert load_site_config({}).mirrors == ("/media/my stick", "http://nas:8080/weights")
+    assert load_site_config({"mirrors": ["/a", "/b"]}).mirrors == ("/a", "/b")
+
+
+def test_the_link_is_described_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDRA_EDGE_PROXY", "http://plant:secret@proxy:3128")
+    config = load_site_config({"max_bandwidth": "2MB", "ca_file": "plant.pem"})
+    proxy = "http://plant:secret@proxy:3128"
+    assert config.link == Link(proxy=proxy, ca_file="plant.pem", max_bytes_per_s=2_000_000)
+    assert "secret" not in repr(config)
 
 
 def test_a_machine_needs_no_server_to_be_described(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from fedra_edge.errors import (
     ServerUnreachableError,
@@ -14,6 +18,7 @@ from fedra_edge.errors import (
     UnexpectedAnswerError,
 )
 from fedra_edge.layer_cache import LayerCache
+from fedra_edge.metering import OnBytes
 from fedra_edge.protocol.models import BlobRef
 
 KIB = 1024
@@ -34,13 +39,14 @@ class Shelf:
         self.contents[ref.sha256] = content
         return ref
 
-    def fetch(self, ref: BlobRef, part: Path) -> None:
+    def fetch(self, ref: BlobRef, part: Path, on_bytes: OnBytes) -> str:
         """Complete a file, as a download would."""
         start = part.stat().st_size if part.exists() else 0
         self.fetched.append(ref.sha256)
         self.resumed_at.append(start)
         with part.open("ab") as file:
-            file.write(self.contents[ref.sha256][start:])
+            on_bytes(file.write(self.contents[ref.sha256][start:]))
+        return sha256(part.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -121,6 +127,22 @@ def test_what_was_used_least_recently_gives_way(tmp_path: Path, shelf: Shelf) ->
     assert cache.used_bytes == 3 * KIB
 
 
+def test_what_was_used_before_the_clock_went_back_gives_way_first(
+    tmp_path: Path, shelf: Shelf
+) -> None:
+    first, second, third = (shelf.add(letter) for letter in "abc")
+    before = make_cache(tmp_path, shelf, quota_bytes=2 * KIB)
+    for number, ref in enumerate((first, second)):
+        in_ten_years_s = time.time() + 3.2e8 + number
+        os.utime(before.path(ref), (in_ten_years_s, in_ten_years_s))
+    afterwards = make_cache(tmp_path, shelf, quota_bytes=2 * KIB)
+    afterwards.path(first)
+    afterwards.path(third)
+    shelf.fetched.clear()
+    afterwards.path(first)
+    assert shelf.fetched == []
+
+
 def test_what_is_in_use_never_gives_way(tmp_path: Path, shelf: Shelf) -> None:
     cache = make_cache(tmp_path, shelf, quota_bytes=2 * KIB)
     first, second, third = (shelf.add(letter) for letter in "abc")
@@ -147,7 +169,7 @@ def test_unfinished_downloads_count_and_give_way(tmp_path: Path, shelf: Shelf) -
 def test_a_failed_download_keeps_what_came(tmp_path: Path, shelf: Shelf) -> None:
     ref = shelf.add("a")
 
-    def cut(ref: BlobRef, part: Path) -> None:
+    def cut(ref: BlobRef, part: Path, _on_bytes: OnBytes) -> str:
         part.write_bytes(shelf.contents[ref.sha256][:10])
         raise ServerUnreachableError("cut")
 
@@ -177,3 +199,76 @@ def test_a_directory_at_a_blob_s_place_is_moved_away(
     assert kept.read_text(encoding="utf-8") == "mine"
     assert "is no file" in caplog.text
     assert cache.used_bytes == KIB
+
+
+class Gate(Shelf):
+    """Lets a download through only when others are under way, and counts them."""
+
+    def __init__(self, together: int) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(together)
+
+    @override
+    def fetch(self, ref: BlobRef, part: Path, on_bytes: OnBytes) -> str:
+        """Wait for the others."""
+        self.barrier.wait(20)
+        return super().fetch(ref, part, on_bytes)
+
+
+def test_what_is_missing_comes_over_several_connections_in_order(tmp_path: Path) -> None:
+    shelf = Gate(together=3)
+    cache = make_cache(tmp_path, shelf)
+    refs = [shelf.add(letter) for letter in "abcdef"]
+    cache.fetch_all([*refs, refs[0]])
+    assert sorted(shelf.fetched) == sorted(ref.sha256 for ref in refs)
+    assert set(shelf.fetched[:3]) == {ref.sha256 for ref in refs[:3]}
+    shelf.fetched.clear()
+    cache.fetch_all(refs)
+    assert [cache.path(ref).stat().st_size for ref in refs] == [KIB] * 6
+    assert shelf.fetched == []
+
+
+def test_a_failure_ends_the_rest(tmp_path: Path, shelf: Shelf) -> None:
+    refs = [shelf.add(letter) for letter in "abcdefgh"]
+
+    def fail(ref: BlobRef, part: Path, on_bytes: OnBytes) -> str:
+        if ref == refs[0]:
+            raise ServerUnreachableError("cut")
+        return shelf.fetch(ref, part, on_bytes)
+
+    cache = LayerCache(tmp_path / "blobs", 100 * KIB, fail)
+    with pytest.raises(ServerUnreachableError):
+        cache.fetch_all(refs)
+    for ref in refs[1:]:
+        assert cache.path(ref).exists()
+
+
+def test_all_that_is_needed_must_fit_at_the_same_time(tmp_path: Path, shelf: Shelf) -> None:
+    cache = make_cache(tmp_path, shelf, quota_bytes=3 * KIB)
+    old, *refs = (shelf.add(letter) for letter in "oabcd")
+    cache.path(old)
+    assert not cache.fits(refs)
+    with pytest.raises(StorageFullError, match="too small"):
+        cache.fetch_all(refs)
+    assert cache.fits(refs[:3])
+    cache.fetch_all(refs[:3])
+    assert cache.used_bytes == 3 * KIB
+    shelf.fetched.clear()
+    cache.fetch_all(refs[:3])
+    assert shelf.fetched == []
+
+
+def test_bytes_are_metered_as_they_come(tmp_path: Path, shelf: Shelf) -> None:
+    totals: list[int] = []
+    counted: list[int] = []
+
+    def meter(total_bytes: int) -> OnBytes:
+        totals.append(total_bytes)
+        return counted.append
+
+    cache = LayerCache(tmp_path / "blobs", 100 * KIB, shelf.fetch, meter)
+    refs = [shelf.add(letter) for letter in "abc"]
+    cache.path(refs[0])
+    cache.fetch_all(refs)
+    assert totals == [KIB, 2 * KIB]
+    assert sum(counted) == 3 * KIB

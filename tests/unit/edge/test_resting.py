@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedra_edge.client import Resting
 from fedra_edge.foreground import resting_of
+from fedra_edge.link import Link
 from fedra_edge.profiling import SiteCaps
 from fedra_edge.resting import CONTRIBUTED, Rest
 
@@ -24,6 +26,7 @@ REST = Rest(
     caps=SiteCaps(memory_bytes=10**9),
     contributed=3,
     command=("join", "--data", ANY_BYTES),
+    link=Link(ca_file="plant.pem", max_bytes_per_s=10**6, idle_s=5.0),
 )
 WAKE = """
 import threading
@@ -39,6 +42,14 @@ def test_names_of_files_may_hold_any_bytes() -> None:
     told = REST.to_json()
     assert told.isascii()
     assert Rest.from_json(told) == REST
+
+
+def test_the_proxy_s_password_is_not_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = "http://plant:secret@proxy:3128"
+    told = replace(REST, link=replace(REST.link, proxy=proxy)).to_json()
+    assert "secret" not in told
+    monkeypatch.setenv("FEDRA_EDGE_PROXY", proxy)
+    assert Rest.from_json(told).link.proxy == proxy
 
 
 @pytest.mark.parametrize("added", [[], [CONTRIBUTED, "7"]])

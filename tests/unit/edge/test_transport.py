@@ -34,14 +34,14 @@ from fedra_edge.protocol.messages import DeltaReceipt, Health, Heartbeat, Upload
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
-from fedra_edge.protocol.version import PROTOCOL_HEADER
+from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_edge.retrying import Retrier, RetryPolicy
 from fedra_edge.transport import Request, Transport, open_http_client
 from tests.support.builders import make_training_report
 from tests.support.wire_server import Received, Reply, Script, scripted, serving, unused_port
 
 QUICK = RetryPolicy(max_attempts=4, first_wait_s=0.01, max_wait_s=0.02)
-HEALTHY = Reply.of(Health(status="ok", version="1", protocol="1.0"))
+HEALTHY = Reply.of(Health(status="ok", version="1", protocol=PROTOCOL_VERSION))
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def test_a_request_carries_protocol_and_credential() -> None:
         transport.authenticate("secret")
         api.health()
     first, second = server.received
-    assert first.headers[PROTOCOL_HEADER] == "1.0"
+    assert first.headers[PROTOCOL_HEADER] == PROTOCOL_VERSION
     assert "Authorization" not in first.headers
     assert second.headers["Authorization"] == "Bearer secret"
 

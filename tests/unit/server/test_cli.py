@@ -167,14 +167,19 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
     options = {
         "rounds": 7, "min-participants": 3, "deadline-s": 90.5, "depth": "reduced",
         "allocation": "independent", "merge-weighting": "uniform", "max-inverse-chance": 2.0,
-        "max-layers": 2, "seed": 5,
+        "max-layers": 2, "seed": 5, "mode": "buffered", "buffer-size": 3, "max-staleness": 4,
+        "staleness-exponent": 0.25, "cohort-size": 6, "over-provisioning": 0.5,
     }  # fmt: skip
+    server = {"learning-rate": 0.5, "momentum": 0.75, "beta2": 0.5, "tau": 0.125}
     training = {
         "optimizer": "adamw", "learning-rate": 0.5, "momentum": 0.25, "weight-decay": 0.125,
         "clip-norm": 1.5, "batch-size": 4, "local-epochs": 2, "max-steps": 9,
     }  # fmt: skip
     adapter = {"rank": 2, "alpha": 3.0}
     flags = [f"--{key}={value}" for key, value in (options | training | adapter).items()]
+    flags += [
+        f"--server-{key}={value}" for key, value in {"optimizer": "fedyogi", **server}.items()
+    ]
     names = ["--target", model.default_targets[1], "--target", model.default_targets[0]]
     arguments = ["digits", "--model", "tiny", *flags, *names, "--start", "--json"]
     created = command("run", "create", *arguments).json
@@ -188,6 +193,7 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
         **fields(options),
         "training": fields(training),
         "adapter": {**adapter, "targets": targets},
+        "server_optimizer": {"kind": "fedyogi", **fields(server)},
         "graphs": None,
     }
 
@@ -203,6 +209,8 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
         (["digits", "--model", "tiny", "--rank", "many"], ExitCode.USAGE, "rank"),
         (["digits", "--model", "tiny", "--depth", "deep"], ExitCode.USAGE, "depth"),
         (["digits", "--model", "tiny", "--learning-rate", "nan"], ExitCode.USAGE, "learning_rate"),
+        (["digits", "--model", "tiny", "--cohort-size", "1"], ExitCode.USAGE, "min_participants"),
+        (["digits", "--model", "tiny", "--over-provisioning", "1"], ExitCode.USAGE, "cohort_size"),
         (["digits", "--model", "tiny", "--target", "fc2"], ExitCode.CONFIGURATION, "mlp.fc2"),
         (["digits", "--model", "tiny", "--max-layers", "99"], ExitCode.CONFIGURATION, "4 layers"),
         (["taken", "--model", "tiny"], ExitCode.CONFLICT, "exists already"),
@@ -338,7 +346,7 @@ def test_adding_a_model_without_torch_tells_what_to_install(tmp_path: Path) -> N
 
 
 def test_version_tells_the_protocol(command: Command) -> None:
-    assert command("version", "--json").json["protocol"] == "1.0"
+    assert command("version", "--json").json["protocol"] == "1.1"
     assert command("version").out.startswith("fedra-server ")
 
 

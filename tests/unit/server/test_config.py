@@ -35,8 +35,9 @@ def test_every_setting_is_in_the_template_and_works_when_uncommented(tmp_path: P
     )
     config = ServerConfig.load(home_with(tmp_path, uncommented))
     assert config.model_fields_set == set(ServerConfig.model_fields)
-    chosen = ServerConfig().model_dump(exclude={"database_url", "max_delta_bytes"})
-    assert config.model_dump(exclude={"database_url", "max_delta_bytes"}) == chosen
+    without_default = {"database_url", "max_delta_bytes", "max_disk_bytes"}
+    chosen = ServerConfig().model_dump(exclude=without_default)
+    assert config.model_dump(exclude=without_default) == chosen
 
 
 def test_the_environment_wins_over_the_file(

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_server.cli.run_status import tell_report
 from fedra_server.reporting import report_run
+from fedra_server.rounds import Setback, WaitingDelta
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage.histories import RunHistory
+from fedra_server.storage.progress import MergeSummary
 from fedra_server.storage.records import EvaluationRecord, ModelRecord
 from tests.support.builders import (
     NOW,
@@ -73,6 +75,20 @@ def make_history() -> RunHistory:
         clients=[make_client(client) for client in (ONE, TWO, THREE)],
         calibrations={client: make_calibration(spec) for client in (ONE, TWO)},
         busy_elsewhere=frozenset(),
+        merges=[
+            MergeSummary(1, "head", 1, 0, 0),
+            MergeSummary(1, "layers.0", 1, 0, 0),
+            MergeSummary(1, "layers.1", 1, 0, 0),
+            MergeSummary(2, "head", 2, 1, 1),
+            MergeSummary(2, "layers.1", 2, 2, 2),
+            MergeSummary(2, "layers.2", 1, 2, 2),
+        ],
+        merged_in={AssignmentId("a1"): 1, AssignmentId("a2"): 2, AssignmentId("b2"): 2},
+        waiting=[
+            WaitingDelta(AssignmentId("b3"), 2, ("layers.0", "head"), 10, 0.5, "", NOW + 30),
+            WaitingDelta(AssignmentId("b4"), 2, ("layers.0",), 10, 0.5, "", NOW + 25),
+        ],
+        setbacks={TWO: Setback(TWO, 3, NOW, "no memory")},
     )
 
 
@@ -82,6 +98,27 @@ def test_coverage_counts_how_often_each_layer_was_trained_and_merged() -> None:
     assert [it.coverage for it in report.rounds] == [(1, 1, 0, 0), (0, 2, 1, 0)]
     assert [(it.participants, it.merged) for it in report.rounds] == [(2, 1), (2, 2)]
     assert (report.rounds_published, report.revision, report.num_layers) == (2, 2, 4)
+
+
+def test_staleness_is_told_of_all_merged_pieces() -> None:
+    first, second = report_run(make_history()).rounds
+    assert (first.mean_staleness, first.max_staleness) == (0.0, 0)
+    assert (second.mean_staleness, second.max_staleness) == (1.0, 2)
+
+
+def test_what_waits_for_each_piece_is_told_with_its_age() -> None:
+    buffer = report_run(make_history()).buffer
+    assert [(it.piece, it.deltas, it.oldest_at) for it in buffer] == [
+        ("head", 1, NOW + 30),
+        ("layers.0", 2, NOW + 25),
+    ]
+
+
+def test_who_rests_is_told_until_when_and_why() -> None:
+    [resting] = report_run(make_history(), now=NOW + 19).resting
+    assert (resting.client_id, resting.failures) == (TWO, 3)
+    assert (resting.until_at, resting.reason) == (NOW + 20, "no memory")
+    assert report_run(make_history(), now=NOW + 20).resting == ()
 
 
 def test_a_rounds_loss_is_weighted_by_examples() -> None:
@@ -198,16 +235,20 @@ def test_the_json_form_has_exactly_the_documented_fields() -> None:
     report = json.loads(report_run(make_history()).model_dump_json())
     assert set(report) == {
         "run", "state", "model", "spec", "num_layers", "rounds_planned", "rounds_published",
-        "revision", "round", "waiting", "coverage", "rounds", "accuracy", "clients",
+        "revision", "round", "buffer", "resting", "waiting", "coverage", "rounds", "accuracy",
+        "clients",
     }  # fmt: skip
     assert set(report["round"]["participants"][0]) == {
-        "client_id", "name", "state", "trained_layer_ids", "depth", "residency", "micro_batch",
-        "steps", "predicted_peak_bytes", "reason", "detail",
+        "client_id", "name", "round_number", "state", "trained_layer_ids", "depth", "residency",
+        "micro_batch", "steps", "predicted_peak_bytes", "reason", "detail",
     }  # fmt: skip
     assert set(report["rounds"][0]) == {
         "number", "published_at", "coverage", "participants", "merged", "num_examples",
-        "mean_loss",
+        "mean_loss", "mean_staleness", "max_staleness",
     }  # fmt: skip
+    assert set(report["buffer"][0]) == {"piece", "deltas", "oldest_at"}
+    resting = json.loads(report_run(make_history(), now=NOW).model_dump_json())["resting"]
+    assert set(resting[0]) == {"client_id", "name", "failures", "until_at", "reason"}
     assert set(report["accuracy"][0]["pooled"]) == {
         "num_examples", "num_correct", "accuracy", "mean_loss",
     }  # fmt: skip

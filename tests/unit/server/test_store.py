@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fedra_edge.protocol.ids import AssignmentId, ClientId, UploadId
+from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId, UploadId
+from fedra_edge.protocol.layers import HEAD
 from fedra_server.errors import ConflictError, NotFoundError
+from fedra_server.rounds import Progress, Setback
 from fedra_server.runs import AssignmentState, RunState
+from fedra_server.storage.records import MergeRecord
+from fedra_server.storage.rounds import Publication
 from fedra_server.storage.store import Store
 from tests.support.builders import (
     NOW,
@@ -63,8 +67,19 @@ def admit(store: Store, assignment_id: AssignmentId) -> None:
     store.settle(assignment_id, AssignmentState.ADMITTED, "", NOW + 5, delta=delta)
 
 
-def publish(store: Store, *merged: AssignmentId, finishes_run: bool = False) -> None:
-    store.publish(make_revision(1), RUN, 1, merged=merged, now=NOW + 9, finishes_run=finishes_run)
+def publish(
+    store: Store, *merged: AssignmentId, round_number: int = 1, finishes_run: bool = False
+) -> None:
+    """Merge the heads of some deltas and let all others go."""
+    publication = Publication(
+        revision=make_revision(round_number),
+        merges=[MergeRecord(it, HEAD, RunId(RUN), round_number, 1.0, 0) for it in merged],
+        merged=merged,
+        expired=[it for it in (ONE, TWO) if it not in merged],
+        leaves_none=True,
+        finishes_run=finishes_run,
+    )
+    store.publish(publication, round_number, NOW + 9)
 
 
 def states(store: Store) -> list[AssignmentState]:
@@ -228,15 +243,93 @@ def test_a_round_is_published_once_and_takes_nothing_afterwards(open_store: Stor
     publish(open_store)
     for late in (
         lambda: publish(open_store),
-        lambda: admit(open_store, ONE),
         lambda: open_store.extend_round(
             RUN, 1, deadline_at=NOW, draws=1, assignments=[], expire=[], now=NOW
         ),
     ):
         with pytest.raises(ConflictError, match="is published"):
             late()
+    with pytest.raises(ConflictError, match="expired already"):
+        admit(open_store, ONE)
     with pytest.raises(NotFoundError):
-        open_store.publish(make_revision(2), RUN, 2, merged=[], now=NOW, finishes_run=False)
+        publish(open_store, round_number=2)
+
+
+def test_a_piece_is_merged_once_whatever_is_tried(open_store: Store) -> None:
+    admit(open_store, ONE)
+    admit(open_store, TWO)
+    publish(open_store, ONE, TWO)
+    open_store.open_round(make_round(2), [])
+    with pytest.raises(ConflictError, match="do not allow"):
+        publish(open_store, ONE, round_number=2)
+    assert [it.manifest.number for it in open_store.revisions(RUN)] == [0, 1]
+
+
+def test_work_outlives_its_round_until_it_is_let_go(open_store: Store) -> None:
+    admit(open_store, ONE)
+    publication = Publication(make_revision(1), [], [ONE], [], True, False)
+    open_store.publish(publication, 1, NOW + 9)
+    assert open_store.busy_clients() == {"client-2"}
+    assert [it.assignment_id for it in open_store.pending_slices(RUN)] == [TWO]
+    still = open_store.open_assignment(ClientId("client-2"))
+    assert still is not None
+    assert still.assignment_id == TWO
+    assert open_store.dismiss(RUN, "stopped", NOW + 10) == 1
+    assert open_store.open_assignment(ClientId("client-2")) is None
+
+
+def test_what_waits_of_a_delta_is_what_was_not_merged(open_store: Store) -> None:
+    admit(open_store, ONE)
+    [waiting] = open_store.waiting_deltas(RUN)
+    assert waiting.pieces == ("layers.1", "layers.3", HEAD)
+    assert (waiting.assignment_id, waiting.admitted_at) == (ONE, NOW + 5)
+    merges = [MergeRecord(ONE, HEAD, RunId(RUN), 1, 1.0, 0)]
+    open_store.publish(Publication(make_revision(1), merges, [], [], False, False), 1, NOW + 9)
+    [waiting] = open_store.waiting_deltas(RUN)
+    assert waiting.pieces == ("layers.1", "layers.3")
+
+
+def test_progress_tells_who_is_silent_and_awaits_nobody_who_said_goodbye(
+    open_store: Store,
+) -> None:
+    assert open_store.progress(RUN, NOW, 1) == Progress(admitted=0, at_work=2, silent=0)
+    assert open_store.progress(RUN, NOW + 1, 1) == Progress(admitted=0, at_work=0, silent=2)
+    open_store.set_offline(CLIENT, NOW)
+    assert open_store.silent(RUN, 1, NOW) == [ONE]
+    admit(open_store, TWO)
+    assert open_store.progress(RUN, NOW) == Progress(admitted=1, at_work=0, silent=0)
+    assert open_store.contributors(RUN, 1) == {"client-2"}
+
+
+def test_idle_is_who_is_there_has_no_work_and_may_do_some(open_store: Store) -> None:
+    assert not open_store.has_idle_client(RUN, NOW)
+    open_store.add_client(make_client("client-3"), make_digest("client-3"))
+    assert open_store.has_idle_client(RUN, NOW)
+    assert not open_store.has_idle_client(RUN, NOW + 1)
+    open_store.rejoin(ClientId("client-3"), make_profile(), "another run", NOW + 2)
+    assert not open_store.has_idle_client(RUN, NOW)
+    assert open_store.has_idle_client("another run", NOW)
+
+
+def test_setbacks_count_from_the_last_delivery(open_store: Store) -> None:
+    open_store.settle(ONE, AssignmentState.FAILED, "no memory", NOW + 1)
+    [setback] = open_store.setbacks(RUN).values()
+    assert setback == Setback(CLIENT, 1, NOW + 1, "no memory")
+    more = [make_assignment(f"more-{number}") for number in range(3)]
+    open_store.extend_round(RUN, 1, deadline_at=NOW, draws=2, assignments=more, expire=[], now=NOW)
+    for number, assignment in enumerate(more):
+        open_store.settle(
+            assignment.assignment_id, AssignmentState.FAILED, f"fault {number}", NOW + 2 + number
+        )
+    setback = open_store.setbacks(RUN)[CLIENT]
+    assert (setback.failures, setback.failed_at, setback.detail) == (4, NOW + 4, "fault 2")
+    assert setback.rests_until == NOW + 4 + 40
+    last = make_assignment("last")
+    open_store.extend_round(
+        RUN, 1, deadline_at=NOW, draws=3, assignments=[last], expire=[], now=NOW
+    )
+    admit(open_store, last.assignment_id)
+    assert open_store.setbacks(RUN) == {}
 
 
 @pytest.mark.parametrize(

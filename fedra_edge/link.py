@@ -1,0 +1,45 @@
+"""How a site reaches a server: over which proxy, trusting whom, how fast, how patiently."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import dataclass
+from typing import Final
+
+IDLE_S: Final = 30.0
+_UNSENT_BYTES: Final = 32 * 2**10
+_OPTIONS: Final = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 4,
+    "TCP_NOTSENT_LOWAT": _UNSENT_BYTES,
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a site may say of its way to a server.
+
+    ``proxy`` and ``ca_file`` win over HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE. ``idle_s`` is how
+    long nothing at all may happen on a connection before it is given up; a transfer that goes on
+    may take any time.
+    """
+
+    proxy: str | None = None
+    ca_file: str | None = None
+    max_bytes_per_s: int | None = None
+    idle_s: float = IDLE_S
+
+
+def tune(connection: socket.socket) -> None:
+    """Let the system notice a peer that is gone, and keep little that is still to be sent.
+
+    What waits in the system's buffer looks sent, but is neither safe nor progress.
+    """
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _OPTIONS.items():
+        if hasattr(socket, name):  # not every system has each of them
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,132 @@
+"""Commits revisions: merges what is due, and publishes it with all that follows from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+from fedra_edge.protocol.fault_points import fault_point
+from fedra_edge.protocol.files import sha256_of_file
+from fedra_edge.protocol.ids import AssignmentId, RunId
+from fedra_server.clock import Clock
+from fedra_server.config import ServerHome
+from fedra_server.merging import Contributor
+from fedra_server.publishing import Arrival, merged_revision
+from fedra_server.rounds import HeldSlice, WaitingDelta, due_pieces, too_stale
+from fedra_server.run_locks import RunLocks
+from fedra_server.runs import AssignmentState
+from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.records import MergeRecord, RevisionRecord, RoundRecord, RunRecord
+from fedra_server.storage.rounds import Publication
+from fedra_server.storage.store import Store
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Committer:
+    """The only writer of revisions after the first.
+
+    A merge after which no delta may be left behind, because late ones are refused or the run
+    ends, keeps the run's intake waiting; during every other one deltas go on being counted in,
+    and wait for the next.
+    """
+
+    def __init__(
+        self, store: Store, blobs: BlobStore, home: ServerHome, clock: Clock, locks: RunLocks
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._home = home
+        self._clock = clock
+        self._locks = locks
+
+    def commit(self, run: RunRecord, current: RoundRecord) -> bool:
+        """Merge the pieces that are due and publish them; tell whether anything changed."""
+        is_last = current.number >= run.spec.rounds
+        is_all_or_none = run.spec.mode == "synchronous" and run.spec.staleness_limit == 0
+        leaves_none = is_last or is_all_or_none
+        with self._locks.of(run.run) if leaves_none else nullcontext():
+            waiting = self._store.waiting_deltas(run.run)
+            now = self._clock.now()
+            due = due_pieces(waiting, run.spec, now=now, is_last=is_last)
+            taken = [delta for delta in waiting if not due.isdisjoint(delta.pieces)]
+            if not taken:
+                return False
+            if self._set_damaged_aside(taken):
+                return True
+            base = self._store.revision(run.run)
+            revision, merges = self._merge(run, base, taken, due, now)
+            publication = Publication(
+                revision=revision,
+                merges=merges,
+                merged=[delta.assignment_id for delta in taken if due.issuperset(delta.pieces)],
+                expired=self._too_stale(run, revision, is_last=is_last),
+                leaves_none=leaves_none,
+                finishes_run=is_last,
+            )
+            fault_point("publish.decided")
+            self._store.publish(publication, current.number, now)
+            fault_point("publish.recorded")
+        LOGGER.info(
+            "run %s: round %d merged %d deltas into revision %d",
+            run.run, current.number, len(taken), revision.manifest.number,
+        )  # fmt: skip
+        return True
+
+    def _merge(
+        self,
+        run: RunRecord,
+        base: RevisionRecord,
+        taken: Iterable[WaitingDelta],
+        due: frozenset[str],
+        now: float,
+    ) -> tuple[RevisionRecord, list[MergeRecord]]:
+        bases = self._bases(run.run, taken)
+        arrivals = [
+            Arrival(
+                Contributor(delta.assignment_id, delta.num_examples, delta.chance),
+                delta.pieces,
+                bases[delta.base_revision].versions,
+                self._home.delta_file(delta.assignment_id),
+            )
+            for delta in taken
+        ]
+        return merged_revision(base, arrivals, run.spec, self._blobs, now=now, due_pieces=due)
+
+    def _too_stale(
+        self, run: RunRecord, revision: RevisionRecord, *, is_last: bool
+    ) -> list[AssignmentId]:
+        """Name the slices at work whose deltas nobody will take once a revision is published."""
+        pending = self._store.pending_slices(run.run)
+        if is_last:
+            return [held.assignment_id for held in pending]
+        bases = self._bases(run.run, pending)
+        versions = {number: base.version_by_piece for number, base in bases.items()}
+        present = revision.version_by_piece
+        return too_stale(pending, versions, present, run.spec.staleness_limit)
+
+    def _bases(self, run: RunId, held: Iterable[HeldSlice]) -> dict[int, RevisionRecord]:
+        numbers = {item.base_revision for item in held}
+        return {number: self._store.revision(run, number) for number in numbers}
+
+    def _set_damaged_aside(self, taken: Iterable[WaitingDelta]) -> bool:
+        """Refuse admitted deltas whose file is gone or altered; tell whether there were any."""
+        damaged = [delta for delta in taken if not self._is_sound(delta)]
+        for delta in damaged:
+            LOGGER.error(
+                "the stored delta %s is damaged or gone; its run goes on without it",
+                self._home.delta_file(delta.assignment_id),
+            )
+            self._store.settle(
+                delta.assignment_id,
+                AssignmentState.REFUSED,
+                detail="the server's copy of this delta is damaged or gone",
+                now=self._clock.now(),
+                only_from={AssignmentState.ADMITTED},
+            )
+        return bool(damaged)
+
+    def _is_sound(self, delta: WaitingDelta) -> bool:
+        path = self._home.delta_file(delta.assignment_id)
+        return path.is_file() and sha256_of_file(path) == delta.sha256

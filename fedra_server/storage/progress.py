@@ -1,0 +1,271 @@
+"""What moving a run forward must know of its work: counts and a few columns, no whole records.
+
+A round may have thousands of assignments; what is kept of each here is small.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+from sqlalchemy import ColumnElement, Connection, case, func, select
+
+from fedra_edge.protocol.ids import AssignmentId, ClientId
+from fedra_edge.protocol.layers import HEAD
+from fedra_edge.protocol.slices import LayerRole
+from fedra_server.publishing import trained_pieces
+from fedra_server.rounds import HeldSlice, Progress, Setback, WaitingDelta
+from fedra_server.runs import AssignmentState
+from fedra_server.storage import tables
+from fedra_server.storage.database import Database
+from fedra_server.storage.records import MergeRecord
+from fedra_server.storage.rows import AnyRow, merge_record
+
+_ASSIGNMENTS = tables.assignments.c
+_CLIENTS = tables.clients.c
+_MERGES = tables.merges.c
+_PENDING, _ADMITTED = AssignmentState.PENDING.value, AssignmentState.ADMITTED.value
+_DELIVERED = (_ADMITTED, AssignmentState.MERGED.value)
+_FAILED = (AssignmentState.FAILED.value, AssignmentState.REFUSED.value)
+_ROWS_AT_ONCE = 100
+
+
+class _Base(BaseModel):
+    number: int
+
+
+class _Slice(BaseModel):
+    """The part of a slice's manifest that says what it trains, and from what."""
+
+    layers: tuple[LayerRole, ...]
+    revision: _Base
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        return trained_pieces(tuple(it.layer_id for it in self.layers if it.role == "train"))
+
+
+class _Delta(BaseModel):
+    """The part of a delta's manifest that merging needs."""
+
+    num_examples: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What a revision merged of one piece: how many deltas, and how stale they were."""
+
+    revision: int
+    piece: str
+    deltas: int
+    total_staleness: int
+    max_staleness: int
+
+
+class ProgressRecords(Database):
+    """Every method is one transaction; none of them writes."""
+
+    def progress(self, run: str, seen_since: float, round_number: int | None = None) -> Progress:
+        """Count the work of a run, or of one of its rounds; who was seen since then is there.
+
+        What a client holds that said goodbye is waited for by nobody, and not counted.
+        """
+        there = case((_is_there(seen_since), 1), else_=0)
+        query = (
+            select(_ASSIGNMENTS.state, func.count(), func.sum(there))
+            .join(tables.clients)
+            .where(
+                _ASSIGNMENTS.run == run,
+                (_ASSIGNMENTS.state == _ADMITTED)
+                | ((_ASSIGNMENTS.state == _PENDING) & _CLIENTS.is_online),
+            )
+            .group_by(_ASSIGNMENTS.state)
+        )
+        if round_number is not None:
+            query = query.where(_ASSIGNMENTS.round_number == round_number)
+        with self.reading() as connection:
+            counts = {state: (total, at) for state, total, at in connection.execute(query)}
+        pending, at_work = counts.get(_PENDING, (0, 0))
+        return Progress(counts.get(_ADMITTED, (0, 0))[0], at_work, pending - at_work)
+
+    def waiting_deltas(self, run: str) -> list[WaitingDelta]:
+        """Give the admitted deltas of a run with those of their pieces that are not merged."""
+        with self.reading() as connection:
+            return find_waiting_deltas(connection, run)
+
+    def merges(self, run: str, revision: int) -> list[MergeRecord]:
+        """Give what a revision merged, in the order of merging."""
+        query = (
+            select(tables.merges)
+            .where(_MERGES.run == run, _MERGES.revision == revision)
+            .order_by(_MERGES.assignment_id, _MERGES.piece)
+        )
+        with self.reading() as connection:
+            return [merge_record(row) for row in connection.execute(query)]
+
+    def pending_slices(self, run: str, seen_since: float | None = None) -> list[HeldSlice]:
+        """Give the slices of a run that clients are at work on, or only of those who are there."""
+        with self.reading() as connection:
+            return [_held(row) for row in _rows(connection, run, _PENDING, seen_since)]
+
+    def contributors(self, run: str, round_number: int) -> set[ClientId]:
+        """Name those whose delta of a round is admitted."""
+        in_round = (_ASSIGNMENTS.run == run) & (_ASSIGNMENTS.round_number == round_number)
+        return self._clients(in_round & (_ASSIGNMENTS.state == _ADMITTED))
+
+    def busy_clients(self) -> set[ClientId]:
+        """Name those who have work of any run."""
+        runs = select(tables.runs.c.run).scalar_subquery()
+        return self._clients(_ASSIGNMENTS.run.in_(runs) & (_ASSIGNMENTS.state == _PENDING))
+
+    def has_idle_client(self, run: str, seen_since: float) -> bool:
+        """Tell whether anybody is there who may work on a run and has no work."""
+        work = select(_ASSIGNMENTS.assignment_id).where(
+            _ASSIGNMENTS.client_id == _CLIENTS.client_id, _ASSIGNMENTS.state == _PENDING
+        )
+        is_free = _is_there(seen_since) & ~work.exists()
+        query = select(_CLIENTS.client_id).where(
+            is_free, _CLIENTS.run.is_(None) | (_CLIENTS.run == run)
+        )
+        with self.reading() as connection:
+            return connection.execute(query.limit(1)).first() is not None
+
+    def silent(self, run: str, round_number: int, seen_since: float) -> list[AssignmentId]:
+        """Name a round's assignments whose clients went offline or fell silent, longest first."""
+        query = (
+            select(_ASSIGNMENTS.assignment_id)
+            .join(tables.clients)
+            .where(
+                _ASSIGNMENTS.run == run,
+                _ASSIGNMENTS.round_number == round_number,
+                _ASSIGNMENTS.state == _PENDING,
+                ~_is_there(seen_since),
+            )
+            .order_by(_CLIENTS.last_seen_at, _ASSIGNMENTS.assignment_id)
+        )
+        with self.reading() as connection:
+            return [AssignmentId(found) for found in connection.scalars(query)]
+
+    def setbacks(self, run: str) -> dict[ClientId, Setback]:
+        """Tell who failed in a run since it last delivered a delta, and how often."""
+        with self.reading() as connection:
+            return find_setbacks(connection, run)
+
+    def _clients(self, which: ColumnElement[bool]) -> set[ClientId]:
+        with self.reading() as connection:
+            found = connection.scalars(select(_ASSIGNMENTS.client_id).where(which).distinct())
+            return {ClientId(client_id) for client_id in found}
+
+
+def find_waiting_deltas(connection: Connection, run: str) -> list[WaitingDelta]:
+    """Read inside a transaction what is admitted and not merged."""
+    merged: dict[str, set[str]] = defaultdict(set)
+    merges = (
+        select(_MERGES.assignment_id, _MERGES.piece)
+        .join(tables.assignments, _ASSIGNMENTS.assignment_id == _MERGES.assignment_id)
+        .where(_ASSIGNMENTS.run == run, _ASSIGNMENTS.state == _ADMITTED)
+    )
+    for assignment_id, piece in connection.execute(merges):
+        merged[assignment_id].add(piece)
+    found = _rows(connection, run, _ADMITTED)
+    return [_waiting(row, merged[row.assignment_id]) for row in found]
+
+
+def summarize_merges(connection: Connection, run: str) -> list[MergeSummary]:
+    """Read inside a transaction what each revision of a run merged of each piece."""
+    query = (
+        select(
+            _MERGES.revision,
+            _MERGES.piece,
+            func.count(),
+            func.sum(_MERGES.staleness),
+            func.max(_MERGES.staleness),
+        )
+        .where(_MERGES.run == run)
+        .group_by(_MERGES.revision, _MERGES.piece)
+        .order_by(_MERGES.revision, _MERGES.piece)
+    )
+    return [MergeSummary(*row) for row in connection.execute(query)]
+
+
+def find_merged(connection: Connection, run: str) -> dict[AssignmentId, int]:
+    """Read inside a transaction into which revision the head of each delta was merged."""
+    query = select(_MERGES.assignment_id, _MERGES.revision).where(
+        _MERGES.run == run, _MERGES.piece == HEAD
+    )
+    return {AssignmentId(found): revision for found, revision in connection.execute(query)}
+
+
+def find_setbacks(connection: Connection, run: str) -> dict[ClientId, Setback]:
+    """Read inside a transaction who failed since it last delivered."""
+    earlier = tables.assignments.alias()
+    delivered_at = (
+        select(func.max(earlier.c.settled_at))
+        .where(
+            earlier.c.run == run,
+            earlier.c.client_id == _ASSIGNMENTS.client_id,
+            earlier.c.state.in_(_DELIVERED),
+        )
+        .scalar_subquery()
+    )
+    query = (
+        select(_ASSIGNMENTS.client_id, _ASSIGNMENTS.settled_at, _ASSIGNMENTS.detail)
+        .where(
+            _ASSIGNMENTS.run == run,
+            _ASSIGNMENTS.state.in_(_FAILED),
+            _ASSIGNMENTS.settled_at > func.coalesce(delivered_at, 0),
+        )
+        .order_by(_ASSIGNMENTS.settled_at)
+    )
+    setbacks: dict[ClientId, Setback] = {}
+    for client_id, failed_at, detail in connection.execute(query):
+        before = setbacks.get(client_id)
+        failures = before.failures + 1 if before else 1
+        setbacks[ClientId(client_id)] = Setback(ClientId(client_id), failures, failed_at, detail)
+    return setbacks
+
+
+def _rows(
+    connection: Connection, run: str, state: str, seen_since: float | None = None
+) -> Iterator[AnyRow]:
+    query = (
+        select(
+            _ASSIGNMENTS.assignment_id,
+            _ASSIGNMENTS.manifest,
+            _ASSIGNMENTS.delta,
+            _ASSIGNMENTS.chance,
+            _ASSIGNMENTS.settled_at,
+        )
+        .where(_ASSIGNMENTS.run == run, _ASSIGNMENTS.state == state)
+        .order_by(_ASSIGNMENTS.assignment_id)
+        .execution_options(yield_per=_ROWS_AT_ONCE)
+    )
+    if seen_since is not None:
+        query = query.join(tables.clients).where(_is_there(seen_since))
+    return iter(connection.execute(query))
+
+
+def _is_there(seen_since: float) -> ColumnElement[bool]:
+    return _CLIENTS.is_online & ~_CLIENTS.has_left & (_CLIENTS.last_seen_at >= seen_since)
+
+
+def _held(row: AnyRow) -> HeldSlice:
+    part = _Slice.model_validate_json(row.manifest)
+    return HeldSlice(AssignmentId(row.assignment_id), part.revision.number, part.pieces)
+
+
+def _waiting(row: AnyRow, merged: set[str]) -> WaitingDelta:
+    part = _Slice.model_validate_json(row.manifest)
+    delta = _Delta.model_validate_json(row.delta)
+    return WaitingDelta(
+        assignment_id=AssignmentId(row.assignment_id),
+        base_revision=part.revision.number,
+        pieces=tuple(piece for piece in part.pieces if piece not in merged),
+        num_examples=delta.num_examples,
+        chance=row.chance,
+        sha256=delta.sha256,
+        admitted_at=row.settled_at,
+    )

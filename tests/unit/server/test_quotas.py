@@ -1,0 +1,112 @@
+"""Space for uploads: granted once, taken back when unused, measured anew before it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedra_edge.protocol.ids import UploadId
+from fedra_server.config import ServerHome
+from fedra_server.errors import StorageFullError
+from fedra_server.storage.quotas import SPARE_BYTES, DiskQuota, measure_use
+
+ONE, TWO = UploadId("one"), UploadId("two")
+PLENTY = 2**40
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> ServerHome:
+    place = ServerHome(tmp_path / "server")
+    place.create()
+    (place.blobs / "ab").mkdir()
+    (place.blobs / "ab" / "abcd").write_bytes(bytes(600))
+    (place.deltas / "old.safetensors").write_bytes(bytes(300))
+    return place
+
+
+def grant(
+    quota: DiskQuota,
+    upload_id: UploadId,
+    size_bytes: int,
+    *,
+    free_bytes: int = PLENTY,
+    now: float = 0.0,
+    is_begun: bool = False,
+) -> None:
+    quota.grant(upload_id, size_bytes, free_bytes=free_bytes, now=now, is_begun=is_begun)
+
+
+def test_files_count_wherever_they_lie(home: ServerHome) -> None:
+    (home.uploads / "one.part").write_bytes(bytes(7))
+    use = measure_use(home)
+    assert (use.blobs, use.deltas, use.uploads, use.total) == (600, 300, 7, 907)
+
+
+def test_what_is_granted_is_taken_at_once(home: ServerHome) -> None:
+    quota = DiskQuota(home, 1000)
+    grant(quota, ONE, 60)
+    with pytest.raises(
+        StorageFullError, match="max_disk_bytes allows 1000, of which 960"
+    ) as caught:
+        grant(quota, TWO, 41)
+    assert "fedra-server prune" in caught.value.remedy
+    assert "max_disk_bytes" in caught.value.remedy
+    grant(quota, TWO, 40)
+    grant(quota, ONE, 60)  # announced again: its own space is its own
+
+
+def test_bytes_that_arrive_count_once(home: ServerHome) -> None:
+    quota = DiskQuota(home, 1000)
+    grant(quota, ONE, 60)
+    quota.note_arrived(ONE, 50, now=0.5)
+    grant(quota, TWO, 40, now=0.5)
+    with pytest.raises(StorageFullError, match="of which 1000"):
+        grant(quota, UploadId("three"), 1, now=0.5)
+
+
+def test_an_upload_that_has_begun_is_finished(home: ServerHome) -> None:
+    quota = DiskQuota(home, 800)
+    with pytest.raises(StorageFullError):
+        grant(quota, ONE, 1)
+    grant(quota, ONE, 1, is_begun=True)
+
+
+def test_space_that_returns_is_seen_at_once(home: ServerHome) -> None:
+    quota = DiskQuota(home, 1000)
+    with pytest.raises(StorageFullError):
+        grant(quota, ONE, 200, now=10.0)
+    assert "900 are taken" not in quota.shortage(free_bytes=PLENTY, now=10.0)
+    (home.deltas / "old.safetensors").unlink()
+    grant(quota, ONE, 200, now=12.0)
+
+
+def test_what_an_upload_no_longer_needs_is_free_again(home: ServerHome) -> None:
+    quota = DiskQuota(home, 1000)
+    grant(quota, ONE, 100)
+    quota.release(ONE)
+    grant(quota, TWO, 100)
+
+
+def test_an_upload_nobody_speaks_of_loses_its_claim(home: ServerHome) -> None:
+    quota = DiskQuota(home, 1000)
+    grant(quota, ONE, 100, now=0.0)
+    with pytest.raises(StorageFullError):
+        grant(quota, TWO, 100, now=500.0)
+    grant(quota, TWO, 100, now=700.0)
+
+
+def test_a_full_disk_refuses_whatever_the_limit_says(home: ServerHome) -> None:
+    quota = DiskQuota(home, None)
+    grant(quota, ONE, 100, free_bytes=SPARE_BYTES + 100)
+    with pytest.raises(StorageFullError, match="the disk has 16777217 left"):
+        grant(quota, TWO, 2, free_bytes=SPARE_BYTES + 101)
+    with pytest.raises(StorageFullError):
+        grant(quota, ONE, 100, free_bytes=SPARE_BYTES + 99, is_begun=True)
+
+
+def test_a_shortage_is_told_before_anybody_is_refused(home: ServerHome) -> None:
+    assert DiskQuota(home, None).shortage(free_bytes=PLENTY, now=0.0) == ""
+    assert "the disk has 5 left" in DiskQuota(home, None).shortage(free_bytes=5, now=0.0)
+    told = DiskQuota(home, 900).shortage(free_bytes=PLENTY, now=0.0)
+    assert told == "max_disk_bytes allows 900, of which 900 are taken"
