@@ -36,7 +36,7 @@ format: $(STAMP)  ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## Run all benchmarks, side by side with what they compare to
-	for bench in memory step_time merge idle install link recovery; do $(BIN)/python -m tests.bench.$$bench || exit 1; done
+	for bench in memory step_time merge idle install link recovery round server_memory; do $(BIN)/python -m tests.bench.$$bench || exit 1; done
 
 soak: $(STAMP)  ## Kill server and clients at random for MINUTES=3, then audit what they made
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),3)

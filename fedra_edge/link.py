@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 IDLE_S: Final = 30.0
@@ -26,7 +26,7 @@ class Link:
     may take any time.
     """
 
-    proxy: str | None = None
+    proxy: str | None = field(default=None, repr=False)  # it may hold a password
     ca_file: str | None = None
     max_bytes_per_s: int | None = None
     idle_s: float = IDLE_S

@@ -178,7 +178,7 @@ class _Audit:
             return False
         try:
             found = _recomputed(trail, number, self.home, self.blobs)
-        except (NotFoundError, OSError, ValueError) as error:
+        except (NotFoundError, OSError, ValueError, LookupError) as error:
             if not self._is_pruned(trail, number):
                 self._note(trail, f"revision {number}", f"it cannot be computed again: {error}")
             return False

@@ -172,6 +172,8 @@ class Coordinator:
         progress = self._store.progress(run.run, seen_since)
         size = draw_size(run.spec)
         places = None if size is None else size - progress.at_work
+        if places is not None and places <= 0:
+            return False
         base = self._store.revision(run.run, current.base_revision)
         held = self._store.pending_slices(run.run, seen_since)
         planned = self._recruiter.draw(

@@ -23,7 +23,7 @@ from fedra_edge.protocol.tensors import MAX_HEADER_BYTES
 from fedra_server.server_optimizers import Float64Array
 
 _CHUNK_VALUES: Final = 2**16
-_FILES_AT_ONCE: Final = 64
+_FILES_AT_ONCE: Final = 16
 _LENGTH_BYTES: Final = 8
 _FLOAT32_BYTES: Final = 4
 

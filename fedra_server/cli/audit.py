@@ -20,9 +20,10 @@ def audit_home(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every file and record, and compute every revision from its deltas, bit for bit.
+    """Check files and records, and compute revisions once more.
 
-    Changes nothing and may run beside the server. Ends with code 7 when anything is broken.
+    Every revision is computed from its deltas and compared bit for bit. Changes nothing, and may
+    run beside the server. Ends with code 7 when anything is broken.
     """
     with open_workplace(home) as place:
         report = audit(place.store, place.blobs, place.home, run=run, revision=revision)

@@ -207,10 +207,11 @@ def _claim(
     try:
         with services.store.reading():
             services.coordinator.intake.expect(upload.client_id, upload.delta)
+            offset_bytes = _offset_bytes(services, upload)
     except RefusedError:
         discard(services, upload)
         raise
-    if offset != _offset_bytes(services, upload):
+    if offset != offset_bytes:
         raise _offset_mismatch(services, upload, f"the upload does not stand at byte {offset}")
     return upload
 

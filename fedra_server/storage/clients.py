@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.ids import ClientId
@@ -14,6 +14,13 @@ from fedra_server.storage.records import ClientRecord
 from fedra_server.storage.rows import client_record, client_values
 
 _CLIENTS = tables.clients.c
+_MEMBER = select(tables.clients).where(
+    _CLIENTS.credential_sha256 == bindparam("credential"), _CLIENTS.has_left.is_(False)
+)
+_CALIBRATION = select(tables.calibrations.c.calibration).where(
+    tables.calibrations.c.client_id == bindparam("client"),
+    tables.calibrations.c.model_id == bindparam("model"),
+)
 
 
 class ClientRecords(Database):
@@ -32,11 +39,8 @@ class ClientRecords(Database):
 
     def client_by_credential(self, credential_sha256: str) -> ClientRecord | None:
         """Find the member a credential belongs to; one that has left is no member."""
-        query = select(tables.clients).where(
-            _CLIENTS.credential_sha256 == credential_sha256, _CLIENTS.has_left.is_(False)
-        )
         with self.reading() as connection:
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_MEMBER, {"credential": credential_sha256}).one_or_none()
         return None if row is None else client_record(row)
 
     def client(self, client_id: ClientId) -> ClientRecord:
@@ -141,12 +145,9 @@ class ClientRecords(Database):
 
     def calibration(self, client_id: ClientId, model_id: str) -> Calibration | None:
         """Give what one client measured of a model."""
-        columns = tables.calibrations.c
-        query = select(columns.calibration).where(
-            columns.client_id == client_id, columns.model_id == model_id
-        )
+        wanted = {"client": client_id, "model": model_id}
         with self.reading() as connection:
-            text = connection.execute(query).scalar_one_or_none()
+            text = connection.execute(_CALIBRATION, wanted).scalar_one_or_none()
         return None if text is None else Calibration.model_validate_json(text)
 
     def calibrations(self, model_id: str) -> dict[ClientId, Calibration]:

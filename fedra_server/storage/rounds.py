@@ -32,6 +32,28 @@ from fedra_server.storage.rows import (
 
 _ROUNDS = tables.rounds.c
 _ASSIGNMENTS = tables.assignments.c
+_ASSIGNMENT = select(tables.assignments).where(_ASSIGNMENTS.assignment_id == bindparam("wanted"))
+_OPEN_ASSIGNMENT = (
+    select(tables.assignments)
+    .where(
+        _ASSIGNMENTS.client_id == bindparam("client"),
+        _ASSIGNMENTS.state == AssignmentState.PENDING.value,
+    )
+    .order_by(_ASSIGNMENTS.issued_at)
+    .limit(1)
+)
+_ASSIGNMENTS_OF = (
+    select(tables.assignments)
+    .where(
+        _ASSIGNMENTS.run == bindparam("run_name"),
+        _ASSIGNMENTS.round_number == bindparam("number"),
+        _ASSIGNMENTS.client_id == bindparam("client"),
+    )
+    .order_by(_ASSIGNMENTS.issued_at, _ASSIGNMENTS.assignment_id)
+)
+_OPEN_ROUND = select(tables.rounds).where(
+    _ROUNDS.run == bindparam("run_name"), _ROUNDS.published_at.is_(None)
+)
 _ONLY_PENDING = frozenset({AssignmentState.PENDING})
 _ROWS_AT_ONCE = 500
 _NOT_AWAITED = "the round did not wait any longer"
@@ -120,17 +142,10 @@ class RoundRecords(Database):
         self, client_id: ClientId, run: str, round_number: int
     ) -> list[AssignmentRecord]:
         """Give what one client was assigned in a round, oldest first."""
-        query = (
-            select(tables.assignments)
-            .where(
-                _ASSIGNMENTS.run == run,
-                _ASSIGNMENTS.round_number == round_number,
-                _ASSIGNMENTS.client_id == client_id,
-            )
-            .order_by(_ASSIGNMENTS.issued_at, _ASSIGNMENTS.assignment_id)
-        )
+        wanted = {"client": client_id, "run_name": run, "number": round_number}
         with self.reading() as connection:
-            return [assignment_record(row) for row in connection.execute(query).all()]
+            rows = connection.execute(_ASSIGNMENTS_OF, wanted).all()
+        return [assignment_record(row) for row in rows]
 
     def assignment(self, assignment_id: AssignmentId) -> AssignmentRecord:
         """Give an assignment.
@@ -138,22 +153,13 @@ class RoundRecords(Database):
         Raises:
             NotFoundError: No such assignment.
         """
-        with self.reading() as connection:
-            return _assignment(connection, assignment_id)
+        key = ("assignment", assignment_id)
+        return self.read_once(key, lambda connection: _assignment(connection, assignment_id))
 
     def open_assignment(self, client_id: ClientId) -> AssignmentRecord | None:
         """Give the work that a client has not settled yet and that is still wanted."""
-        query = (
-            select(tables.assignments)
-            .where(
-                _ASSIGNMENTS.client_id == client_id,
-                _ASSIGNMENTS.state == AssignmentState.PENDING.value,
-            )
-            .order_by(_ASSIGNMENTS.issued_at)
-            .limit(1)
-        )
         with self.reading() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(_OPEN_ASSIGNMENT, {"client": client_id}).first()
         return None if row is None else assignment_record(row)
 
     def dismiss(self, run: str, detail: str, now: float) -> int:
@@ -247,8 +253,7 @@ def find_assignments(
 
 
 def _current_round(connection: Connection, run: str) -> RoundRecord | None:
-    query = select(tables.rounds).where(_ROUNDS.run == run, _ROUNDS.published_at.is_(None))
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_OPEN_ROUND, {"run_name": run}).one_or_none()
     return None if row is None else round_record(row)
 
 
@@ -270,8 +275,7 @@ def _open_round(connection: Connection, run: str, number: int) -> RoundRecord:
 
 
 def _assignment(connection: Connection, assignment_id: AssignmentId) -> AssignmentRecord:
-    query = select(tables.assignments).where(_ASSIGNMENTS.assignment_id == assignment_id)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_ASSIGNMENT, {"wanted": assignment_id}).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no assignment {assignment_id}")
     return assignment_record(row)

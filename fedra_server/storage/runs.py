@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.runs import RunState
@@ -15,6 +15,8 @@ from fedra_server.storage.records import RevisionRecord, RunRecord
 from fedra_server.storage.rows import revision_record, revision_values, run_record, run_values
 
 _RUNS = tables.runs.c
+_RUN = select(tables.runs).where(_RUNS.run == bindparam("wanted"))
+_ALL_RUNS = select(tables.runs).order_by(_RUNS.created_at, _RUNS.run)
 _REVISIONS = tables.revisions.c
 
 
@@ -50,9 +52,8 @@ class RunRecords(Database):
 
     def runs(self) -> list[RunRecord]:
         """Give all runs, in the order they were created."""
-        query = select(tables.runs).order_by(_RUNS.created_at, _RUNS.run)
         with self.reading() as connection:
-            return [run_record(row) for row in connection.execute(query).all()]
+            return [run_record(row) for row in connection.execute(_ALL_RUNS).all()]
 
     def set_run_state(
         self, run: str, state: RunState, allowed_from: Collection[RunState]
@@ -90,7 +91,7 @@ class RunRecords(Database):
 
 def find_run(connection: Connection, run: str) -> RunRecord:
     """Read a run inside a transaction; NotFoundError when there is none."""
-    row = connection.execute(select(tables.runs).where(_RUNS.run == run)).one_or_none()
+    row = connection.execute(_RUN, {"wanted": run}).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no run {run!r}", remedy="See `fedra-server run list`.")
     return run_record(row)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, and_, func, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, not_, or_, select
 
 from fedra_edge.protocol.ids import AssignmentId, LayerId
 from fedra_edge.protocol.models import BlobRef
@@ -84,20 +84,12 @@ class Trails(Database):
             _ASSIGNMENTS.state,
             _ASSIGNMENTS.delta,
         ).where(_ASSIGNMENTS.run == run)
-        merges = (
-            select(tables.merges)
-            .where(_MERGES.run == run)
-            .order_by(_MERGES.revision, _MERGES.assignment_id, _MERGES.piece)
-        )
         with self.reading() as connection:
             record = find_run(connection, run)
             model = select(tables.models).where(tables.models.c.model_id == record.model_id)
             model_row = connection.execute(model).one_or_none()
             if model_row is None:
                 raise NotFoundError(f"run {run} is of a model that is gone")
-            found: dict[int, list[MergeRecord]] = {}
-            for row in connection.execute(merges.execution_options(yield_per=_ROWS_AT_ONCE)):
-                found.setdefault(row.revision, []).append(merge_record(row))
             rows = connection.execute(work.execution_options(yield_per=_ROWS_AT_ONCE))
             return RunTrail(
                 run=record,
@@ -105,7 +97,7 @@ class Trails(Database):
                 work={item.assignment_id: item for item in (_work(row) for row in rows)},
                 revisions=find_revisions(connection, run),
                 rounds={item.number: item for item in find_rounds(connection, run)},
-                merges=found,
+                merges=_merges(connection, run),
             )
 
     def dangling_rows(self) -> Iterator[tuple[str, str, int]]:
@@ -126,6 +118,20 @@ class Trails(Database):
                     )
                     if count:
                         yield table.name, constraint.referred_table.name, count
+
+
+def _merges(connection: Connection, run: str) -> dict[int, list[MergeRecord]]:
+    """Give a run's merges by revision, in the order in which sums are taken.
+
+    Databases sort texts by rules of their own, so the order is made here.
+    """
+    query = select(tables.merges).where(_MERGES.run == run)
+    found: dict[int, list[MergeRecord]] = {}
+    for row in connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE)):
+        found.setdefault(row.revision, []).append(merge_record(row))
+    for merges in found.values():
+        merges.sort(key=lambda merge: (merge.assignment_id, merge.piece))
+    return dict(sorted(found.items()))
 
 
 def _work(row: AnyRow) -> WorkTrail:

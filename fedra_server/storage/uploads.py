@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select
 
 from fedra_edge.protocol.ids import AssignmentId, UploadId
 from fedra_server.errors import NotFoundError
@@ -12,6 +12,12 @@ from fedra_server.storage.records import UploadRecord
 from fedra_server.storage.rows import upload_record, upload_values
 
 _UPLOADS = tables.uploads.c
+_UPLOAD = select(tables.uploads).where(_UPLOADS.upload_id == bindparam("wanted"))
+_UPLOADS_OF = (
+    select(tables.uploads)
+    .where(_UPLOADS.assignment_id == bindparam("assignment"))
+    .order_by(_UPLOADS.created_at, _UPLOADS.upload_id)
+)
 
 
 class UploadRecords(Database):
@@ -32,9 +38,8 @@ class UploadRecords(Database):
         Raises:
             NotFoundError: No such upload.
         """
-        query = select(tables.uploads).where(_UPLOADS.upload_id == upload_id)
         with self.reading() as connection:
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_UPLOAD, {"wanted": upload_id}).one_or_none()
         if row is None:
             raise NotFoundError(f"there is no upload {upload_id}")
         return upload_record(row)
@@ -45,10 +50,9 @@ class UploadRecords(Database):
 
     def uploads_of(self, assignment_id: AssignmentId) -> list[UploadRecord]:
         """Give all uploads announced for an assignment, oldest first."""
-        query = select(tables.uploads).where(_UPLOADS.assignment_id == assignment_id)
         with self.reading() as connection:
-            rows = connection.execute(query.order_by(_UPLOADS.created_at, _UPLOADS.upload_id))
-            return [upload_record(row) for row in rows]
+            rows = connection.execute(_UPLOADS_OF, {"assignment": assignment_id}).all()
+        return [upload_record(row) for row in rows]
 
     def remove_upload(self, upload_id: UploadId) -> None:
         """Forget an upload; forgetting it twice is no error."""

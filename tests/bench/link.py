@@ -25,7 +25,7 @@ from tests.support.servers import run_server_command
 from tests.support.sites import write_folder
 from tests.support.tiny_vit import build_vit
 
-_BAD = Quality(bits_per_s=256_000, latency_s=0.2, reset_every=20, reset_below_bytes=2**20)
+_BAD = Quality(bits_per_s=256_000, latency_s=0.2, reset_every=20)
 _DARK_S = 60.0
 _PATIENCE_S = 1200.0
 _MEGABYTE = 10**6

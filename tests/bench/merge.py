@@ -8,7 +8,6 @@ are medians over rounds, because machines drift. ``python -m tests.bench.merge [
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedra_edge.memory_meter import measured_peak
 from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId, LayerId, RunId
 from fedra_edge.protocol.models import ModelSpec
@@ -197,8 +197,9 @@ def _merge_in_this_process(directory: Path) -> None:
         )
         for name, pieces, path in json.loads((directory / _LIST).read_text())
     ]
-    merging.merge(arrivals)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # noqa: T201 - a program's output
+    with measured_peak() as meter:
+        merging.merge(arrivals)
+    print(meter.peak_bytes)  # noqa: T201 - a program's output
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,34 @@ def test_what_does_not_exist_cannot_be_audited(place: ServerHome) -> None:
         for wanted in ({"run": "nobody"}, {"revision": 99}):
             with pytest.raises(NotFoundError, match="there is no"):
                 audit(store, BlobStore(place.blobs), place, **wanted)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def test_no_damage_to_any_file_goes_unnoticed(place: ServerHome) -> None:
+    files = [*place.blobs.glob("??/*"), *place.deltas.iterdir()]
+    damages: list[Callable[[Path], None]] = [cut, lengthen, empty, Path.unlink]
+    with opened(place) as store:
+        blobs = BlobStore(place.blobs)
+        for path, damage in zip(files, cycle(damages), strict=False):
+            whole = path.read_bytes()
+            damage(path)
+            report = audit(store, blobs, place)
+            told = "\n".join(f"{it.what} {it.detail}" for it in report.broken)
+            assert path.name in told or f"delta {path.stem}" in told
+            assert [run.run for run in report.runs] == [RUN]
+            path.write_bytes(whole)
+        assert audit(store, blobs, place).is_clean
 
 
 def test_a_flipped_bit_in_a_delta_is_found(place: ServerHome) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy import select
 from fedra_edge.protocol.fault_points import FAULT_POINTS, FAULT_VARIABLE
 from fedra_server.auditing import AuditReport, audit
 from fedra_server.publishing import trained_pieces
-from fedra_server.runs import AssignmentState
+from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage import migrating, tables
 from tests.support.edges import EdgeSite, wait_until
 from tests.support.federation import MODEL, NO_FRAMEWORK, Federation, running_federation
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.e2e
 ROUNDS = 2
 NAMES = ("north", "south")
 QUICK = {"batch_size": 6, "max_steps": 2}
-LONG = {"batch_size": 6, "local_epochs": 1000, "max_steps": 100}
-"""A second or more of training, so that there is a middle to be stopped in."""
+LONG = {"batch_size": 6, "local_epochs": 1000, "max_steps": 500}
+"""Seconds of training, so that there is a middle to be stopped in."""
 IN_A_ROUND = (
     "assign.decided", "assign.recorded",
     "upload.created", "upload.received", "upload.synced", "upload.complete",
@@ -58,7 +58,14 @@ class Pair:
     def north(self) -> EdgeSite:
         return self.federation.sites["north"]
 
-    def create_run(self, training: Mapping[str, object] = QUICK, *, rank: int = 2) -> str:
+    def create_run(
+        self,
+        training: Mapping[str, object] = QUICK,
+        *,
+        rank: int = 2,
+        rounds: int = ROUNDS,
+        **settings: object,
+    ) -> str:
         """Create a run whose first adapters no site has seen."""
         self.runs += 1
         model = self.federation.store.model_by_name(MODEL).spec
@@ -70,9 +77,10 @@ class Pair:
             adapter={"rank": rank, "alpha": 4.0, "targets": model.default_targets},
             training=training,
             graphs=model.graphs,
-            rounds=ROUNDS,
+            rounds=rounds,
             merge_weighting="uniform",
             seed=self.runs,
+            **settings,
         ).run
 
     def kill_server_at(self, fault_point: str) -> None:
@@ -97,8 +105,9 @@ class Pair:
 
     def check_run(self, run: str, begun: dict[str, AssignmentState]) -> None:
         """The round that had begun went on, and all that was trained is merged exactly once."""
-        self.federation.wait_for_rounds(run, ROUNDS)
-        assert [record.draws for record in self.federation.store.rounds(run)] == [1] * ROUNDS
+        rounds = self.federation.store.run(run).spec.rounds
+        self.federation.wait_for_rounds(run, rounds)
+        assert [record.draws for record in self.federation.store.rounds(run)] == [1] * rounds
         done = self.work_of(run)
         assert len(done) == len(NAMES)
         assert not begun or done.keys() == begun.keys()
@@ -109,12 +118,13 @@ class Pair:
             for record in records
             for piece in trained_pieces(record.manifest.trained_layer_ids)
         )
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, rounds + 1):
             self.federation.check_merge(run, number)
         for site in self.federation.sites.values():
             wait_until(f"an empty outbox at {site.name}", partial(has_empty_outbox, site))
             assert done.keys().isdisjoint(site.deltas_refused)
-        assert self.audited(run).is_clean, self.audited(run)
+        found = self.audited(run)
+        assert found.is_clean, found
 
     def audited(self, run: str) -> AuditReport:
         """Compute every revision of a run again."""
@@ -170,6 +180,19 @@ def test_a_round_goes_on_after_its_server_was_killed(pair: Pair, fault_point: st
     pair.check_run(run, begun)
 
 
+@pytest.mark.parametrize(
+    "fault_point", ["admission.recorded:2", "publish.written:2", "publish.recorded"]
+)
+def test_a_buffered_run_goes_on_after_its_server_was_killed(pair: Pair, fault_point: str) -> None:
+    run = pair.create_run(mode="buffered", max_layers=2)
+    pair.kill_server_at(fault_point)
+    pair.federation.start_server_again()
+    wait_until("the end", lambda: pair.federation.store.run(run).state is RunState.FINISHED)
+    found = pair.audited(run)
+    assert found.is_clean, found
+    assert found.runs[0].recomputed == ROUNDS + 1
+
+
 def test_an_upload_goes_on_in_the_middle_of_a_file(pair: Pair) -> None:
     run = pair.create_run(rank=512)
     pair.kill_server_at("upload.written")
@@ -200,7 +223,7 @@ def test_training_goes_on_after_a_client_was_killed_as_it_saved(
     pair: Pair, fault_point: str
 ) -> None:
     pair.north.client.kill()
-    run = pair.create_run(LONG)
+    run = pair.create_run(LONG, rounds=1)
     with pair.north_armed(fault_point):
         client = pair.north.join()
         client.wait_for("a step", lambda event: event["run"] == run and event["steps_done"])
@@ -227,7 +250,7 @@ def test_a_killed_collector_loses_nothing_and_leaves_nothing(pair: Pair, fault_p
     )
     pair.check_run(run, {})
     assert {blob.sha256 for blob in federation.blobs.stored()} >= needed
-    assert list((federation.home.blobs / "incoming").iterdir()) == []
+    assert list((federation.home.blobs / "incoming").glob("*.aside")) == []
 
 
 def test_a_killed_prune_is_finished_by_the_next(pair: Pair) -> None:
@@ -245,7 +268,9 @@ def test_a_killed_prune_is_finished_by_the_next(pair: Pair) -> None:
     pruned = run_server_command(*export, "pruned", "--revision", "1", check=False)
     assert pruned.returncode == 4
     assert "oldest revision that is kept is 2" in pruned.stderr
-    assert pair.audited(run).is_clean, pair.audited(run)
+    found = pair.audited(run)
+    assert found.is_clean, found
+    assert (found.runs[0].pruned, found.runs[0].recomputed) == (ROUNDS + 1, 0)
 
 
 def test_a_killed_migration_is_taken_again_with_a_round_on_its_way(pair: Pair) -> None:

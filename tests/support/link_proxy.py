@@ -19,6 +19,10 @@ _RESET = struct.pack("ii", 1, 0)
 _BITS = 8
 
 
+_Line = asyncio.Queue[tuple[float, bytes]]
+"""Packets on their way, with the time of their arrival; an empty one is the end."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """How bad a link is.
@@ -121,8 +125,10 @@ class LinkProxy:
         try:
             await self._loop.sock_connect(far, ("127.0.0.1", self._target_port))
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._carry(connection, near, far, self._up))
-                group.create_task(self._carry(connection, far, near, self._down))
+                for source, target, lane in ((near, far, self._up), (far, near, self._down)):
+                    line: _Line = asyncio.Queue()
+                    group.create_task(self._carry(connection, source, line, lane))
+                    group.create_task(self._deliver(connection, target, line))
         except* (OSError, _ResetError):
             pass
         finally:
@@ -137,37 +143,26 @@ class LinkProxy:
         return int(self._generator.integers(self.quality.reset_below_bytes))
 
     async def _carry(
-        self, connection: _Connection, source: socket.socket, target: socket.socket, lane: _Lane
+        self, connection: _Connection, source: socket.socket, line: _Line, lane: _Lane
     ) -> None:
-        """Read packets, let them take their time on the lane, and deliver them later."""
-        line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-        delivering = self._loop.create_task(self._deliver(connection, target, line))
-        try:
-            while packet := await self._loop.sock_recv(source, _PACKET_BYTES):
-                connection.in_flight += 1
-                await lane.carry(len(packet))
-                self._count(packet, is_up=lane is self._up)
-                connection.bytes_carried += len(packet)
-                if connection.is_doomed:
-                    self.carried.resets += 1
-                    raise _ResetError
-                await line.put((self._loop.time() + self.quality.latency_s, packet))
-                if not self._is_light.is_set():
-                    connection.note_darkness()
-                if connection.is_lost:
-                    await asyncio.Event().wait()  # nobody is told
-            await self._is_light.wait()
-            await line.put((self._loop.time() + self.quality.latency_s, b""))
-            await delivering
-        finally:
-            delivering.cancel()
+        """Read packets, let them take their time on the lane, and have them delivered later."""
+        while packet := await self._loop.sock_recv(source, _PACKET_BYTES):
+            connection.in_flight += 1
+            await lane.carry(len(packet))
+            self._count(packet, is_up=lane is self._up)
+            connection.bytes_carried += len(packet)
+            if connection.is_doomed:
+                self.carried.resets += 1
+                raise _ResetError
+            await line.put((self._loop.time() + self.quality.latency_s, packet))
+            if not self._is_light.is_set():
+                connection.note_darkness()
+            if connection.is_lost:
+                await asyncio.Event().wait()  # nobody is told
+        await self._is_light.wait()
+        await line.put((self._loop.time() + self.quality.latency_s, b""))
 
-    async def _deliver(
-        self,
-        connection: _Connection,
-        target: socket.socket,
-        line: asyncio.Queue[tuple[float, bytes]],
-    ) -> None:
+    async def _deliver(self, connection: _Connection, target: socket.socket, line: _Line) -> None:
         while True:
             arrives_at, packet = await line.get()
             await asyncio.sleep(arrives_at - self._loop.time())
@@ -178,10 +173,7 @@ class LinkProxy:
                     target.shutdown(socket.SHUT_WR)
                 return
             connection.in_flight -= 1
-            try:
-                await self._loop.sock_sendall(target, packet)
-            except OSError:
-                return
+            await self._loop.sock_sendall(target, packet)  # fails when it is closed: all ends
 
     def _count(self, packet: bytes, *, is_up: bool) -> None:
         if is_up:

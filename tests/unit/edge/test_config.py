@@ -96,6 +96,7 @@ def test_the_link_is_described_in_one_place(monkeypatch: pytest.MonkeyPatch) -> 
     proxy = "http://plant:secret@proxy:3128"
     assert config.link == Link(proxy=proxy, ca_file="plant.pem", max_bytes_per_s=2_000_000)
     assert "secret" not in repr(config)
+    assert "secret" not in repr(config.link)
 
 
 def test_a_machine_needs_no_server_to_be_described(tmp_path: Path) -> None:

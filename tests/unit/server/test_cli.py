@@ -359,7 +359,8 @@ def every_command() -> list[list[str]]:
 
 def test_all_commands_are_there() -> None:
     assert {" ".join(path) for path in every_command()} == {
-        "init", "serve", "export", "version", "model add", "model list", "model show",
+        "init", "serve", "export", "audit", "disk", "prune", "version",
+        "model add", "model list", "model show",
         "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
         "client list",
     }  # fmt: skip

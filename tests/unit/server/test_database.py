@@ -224,3 +224,40 @@ def test_a_file_that_is_no_database_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "fedra.sqlite3").write_bytes(b"no database " * 1_000)
     with pytest.raises(StorageError, match="not a database"):
         Store.open(tmp_path)
+
+
+def test_a_view_stays_as_it_was_while_others_write(tmp_path: Path) -> None:
+    with opened(tmp_path / "home") as store:
+        add_client(store, "early")
+        with store.reading():
+            assert len(store.clients()) == 1
+            writer = threading.Thread(target=add_client, args=(store, "late"))
+            writer.start()
+            writer.join()
+            assert len(store.clients()) == 1
+        assert len(store.clients()) == 2
+
+
+def test_what_was_read_once_is_not_read_again_in_the_same_view(tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    def read(_connection: object) -> int:
+        reads.append(len(reads))
+        return reads[-1]
+
+    with opened(tmp_path / "home") as store:
+        with store.reading():
+            assert [store.read_once("key", read), store.read_once("key", read)] == [0, 0]
+            assert store.read_once("other", read) == 1
+        assert [store.read_once("key", read), store.read_once("key", read)] == [2, 3]
+        assert [store.read_lasting("key", read), store.read_lasting("key", read)] == [4, 4]
+        for number in range(1000):
+            store.read_lasting(number, read)
+        assert store.read_lasting("key", read) == 1005  # only the latest are remembered
+
+
+def test_an_error_inside_a_view_is_ours_and_ends_only_the_view(tmp_path: Path) -> None:
+    with opened(tmp_path / "home") as store:
+        with store.reading(), pytest.raises(StorageError), store.reading() as connection:
+            connection.execute(text("SELECT nonsense"))
+        assert store.clients() == []
