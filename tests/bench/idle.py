@@ -1,7 +1,8 @@
-"""Memory of a client that has nothing to do, its whole process tree, while a server holds it.
+"""Memory of a server and of a client that have nothing to do, whole process trees.
 
-The client runs without PyTorch, in an environment of its own, and has a run's model before it:
-once as it waits right after its work, with the training runtime loaded, once at rest.
+The server has a model registered. The client runs without PyTorch, in an environment of its own,
+and has a run's model before it: once as it waits right after its work, with the training runtime
+loaded, once at rest.
 ``python -m tests.bench.idle [--json]``
 """
 
@@ -21,6 +22,7 @@ from tests.support.sites import write_folder
 
 _MEGABYTE = 10**6
 _GOAL_MB = 45.0
+_SERVER_GOAL_MB = 90.0
 
 
 def main() -> None:
@@ -28,9 +30,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         with running_federation(place / "server", prepare_home(place)) as federation:
+            server_mb = _settled_bytes(federation.server.process.pid) / _MEGABYTE
             waiting_mb = _idle_mb(federation, place, "waiting", rest_after_s="3600")
             resting_mb = _idle_mb(federation, place, "resting", rest_after_s="1")
     rows = [
+        Row(
+            "idle server", server_mb, "MB",
+            goal=f"<= {_SERVER_GOAL_MB:.0f} MB", holds=server_mb <= _SERVER_GOAL_MB,
+        ),
         Row("idle client, ONNX Runtime loaded", waiting_mb, "MB"),
         Row(
             "idle client, at rest", resting_mb, "MB", "loaded", resting_mb / waiting_mb,

@@ -106,7 +106,7 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     second_site = [word.replace("plant-7", "plant-8") for word in join]
     desk.start([*second_site, "--home", "second-home"])
 
-    status, export, evaluate, predict = commands(2)
+    status, export, evaluate, predict = commands(3)
 
     def is_over() -> bool:
         return bool(json.loads(desk.run([*status, "--json"]))["state"] == "finished")
@@ -120,13 +120,13 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     rows = (desk.path / "told.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + len(list((desk.path / "images").rglob("*.png")))
 
-    [fuse], [add] = commands(3), commands(4)
+    [fuse], [add] = commands(4), commands(5)
     desk.run(fuse)
     assert (desk.path / "plain" / "model.onnx").is_file()
     export_model(build_model("mixer"), desk.path / "mixer.onnx", dynamo=False)
     desk.run(add)
 
-    describe, promise, plan = commands(5)
+    describe, promise, plan = commands(6)
     desk.run(describe)
     assert "predicted peak" in desk.run(promise)
     assert "to train on" in desk.run(plan)
