@@ -79,3 +79,4 @@ def _distribute(chunks: Iterable[bytes], batch: Places) -> None:
                 missing_bytes -= taken_bytes
                 rest = rest[taken_bytes:]
                 fault_point("download.part")
+    next(source, b"")  # read to its end, an answer leaves its connection to the next request

@@ -59,6 +59,18 @@ def write_parts_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None
         StorageError: The file cannot be written.
         StorageFullError: ... because no space is left.
     """
+    write_synced(path, parts)
+    with storage_errors(f"write {path}"):
+        sync_directory(path.parent)
+
+
+def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Do the same, but for the file's name, which lasts when its directory is synced.
+
+    Raises:
+        StorageError: The file cannot be written.
+        StorageFullError: ... because no space is left.
+    """
     with storage_errors(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.name}{UNFINISHED}")
@@ -73,7 +85,6 @@ def write_parts_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from fedra_edge.durable_files import set_aside, storage_errors, sync_directory
+from fedra_edge.durable_files import set_aside, storage_errors
 from fedra_edge.errors import StorageFullError, UnexpectedAnswerError
 from fedra_edge.metering import OnBytes, OpenMeter, Tally, unmetered
 from fedra_edge.protocol.files import sha256_of_file
@@ -25,6 +26,8 @@ _PART: Final = ".part"
 _FOREIGN: Final = "foreign"
 _MAX_DAMAGED: Final = 2
 _STAMP_STEP_NS: Final = 1000
+_KNOWN_FOR_S: Final = 60.0
+"""How long it is taken as known what the cache holds, though others may put files there."""
 _CONNECTIONS: Final = 3
 _STACK_BYTES: Final = 2**20
 
@@ -70,6 +73,8 @@ class LayerCache:
         self._is_holding = False
         self._lock = threading.RLock()
         self._stamp_ns = 0
+        self._used_bytes = 0
+        self._looked_at = -math.inf
 
     def path(self, ref: BlobRef, /) -> Path:
         """Give the verified local file, after a download when it is not there.
@@ -106,9 +111,12 @@ class LayerCache:
                 begun = Tally(on_bytes)
                 self._begin({_part_of(path): ref for path, ref in missing.items()}, begun)
                 begun.take_back()  # each download counts what it finds
+            looked_at, self._looked_at = self._looked_at, -math.inf  # unknown if this fails
             _run_each(
                 [partial(self._download, path, ref, on_bytes) for path, ref in missing.items()]
             )
+            self._used_bytes += sum(ref.size_bytes for ref in missing.values())
+            self._looked_at = looked_at
 
     def fits(self, refs: Iterable[BlobRef]) -> bool:
         """Tell whether all of these could be here at the same time."""
@@ -127,8 +135,10 @@ class LayerCache:
 
     @property
     def used_bytes(self) -> int:
-        """What all files together occupy, unfinished downloads included."""
-        return sum(held.size_bytes for held in self._listing())
+        """What all files together occupy at most, unfinished downloads included."""
+        if time.monotonic() - self._looked_at > _KNOWN_FOR_S:
+            self._listing()
+        return self._used_bytes
 
     def _place(self, sha256: str) -> Path:
         return self._directory / sha256[:2] / sha256
@@ -155,13 +165,13 @@ class LayerCache:
         self._clear(_part_of(path))
 
     def _download(self, path: Path, ref: BlobRef, on_bytes: OnBytes) -> None:
+        """Bring a file; if a power cut takes its name from it, it is still there as the part."""
         part = _part_of(path)
         for _ in range(_MAX_DAMAGED):
             digest = self._fetch(ref, part, on_bytes)
             with storage_errors(f"keep {path}"):
                 if digest == ref.sha256:
                     part.replace(path)
-                    sync_directory(path.parent)
                     self._verified.add(ref.sha256)
                     return
                 part.unlink()
@@ -182,9 +192,11 @@ class LayerCache:
 
     def _make_room(self, refs: Collection[BlobRef], keep: Collection[Path]) -> None:
         """Evict what was used least recently until these fit the quota beside what is kept."""
+        needed_bytes = sum(ref.size_bytes for ref in refs)
+        if self.used_bytes + needed_bytes <= self._quota_bytes:
+            return
         names = tuple(ref.sha256 for ref in refs)
         others = [held for held in self._listing() if not held.path.name.startswith(names)]
-        needed_bytes = sum(ref.size_bytes for ref in refs)
         excess_bytes = sum(held.size_bytes for held in others) + needed_bytes - self._quota_bytes
         for held in sorted(others, key=lambda held: held.used_ns):
             if excess_bytes <= 0:
@@ -192,6 +204,7 @@ class LayerCache:
             if held.path not in keep and _unlink(held.path):
                 LOGGER.debug("evicted %s", held.path.name[:12])
                 excess_bytes -= held.size_bytes
+                self._used_bytes -= held.size_bytes
         if excess_bytes > 0:
             raise StorageFullError(
                 f"the cache quota of {self._quota_bytes} bytes is {excess_bytes} bytes too small "
@@ -207,12 +220,15 @@ class LayerCache:
             os.utime(path, ns=(self._stamp_ns, self._stamp_ns))
 
     def _listing(self) -> list[_Held]:
+        """Look at all files, and take note of what they occupy."""
         held = []
         for folder in _entries(self._directory):
             for entry in _entries(folder) if len(folder.name) == len("ab") else ():
                 with contextlib.suppress(OSError):
                     state = entry.stat()
                     held.append(_Held(Path(entry.path), state.st_size, state.st_mtime_ns))
+        self._used_bytes = sum(it.size_bytes for it in held)
+        self._looked_at = time.monotonic()
         return held
 
 

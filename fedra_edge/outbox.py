@@ -20,6 +20,7 @@ from fedra_edge.durable_files import (
     set_aside,
     storage_errors,
     write_durably,
+    write_synced,
 )
 from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
 from fedra_edge.protocol.fault_points import fault_point
@@ -71,7 +72,7 @@ class Outbox:
         stored = StateFile().model_dump() | manifest.model_dump(mode="json")
         for path in (file, place):
             clear_place(path, self._directory / _DAMAGED)
-        write_durably(file, tensors)
+        write_synced(file, [tensors])  # the manifest's name lasts with this one's
         fault_point("outbox.tensors")
         write_durably(place, json.dumps(stored).encode())
         self._make_newest(place)

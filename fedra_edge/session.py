@@ -99,8 +99,9 @@ class Session:
                 self._pace(is_done=is_done, held_since=asked_at if is_held else None)
                 self.is_resting = self._is_time_to_rest(is_idle=is_held)
             case Train() as train:
-                self._is_reason_known = False
-                self._pace(is_done=self._participation.train(train))
+                is_done = self._participation.train(train)
+                self._is_reason_known = is_done  # nothing but what comes next is to be known
+                self._pace(is_done=is_done)
                 self._busy_at = time.monotonic()
 
     def _join(self) -> None:
@@ -201,7 +202,7 @@ class Session:
             stale = receipt.staleness
             late = "" if stale is None else f" late, with a staleness of {stale}"
             detail = f"the delta was admitted{late}"
-            self._board.update(rounds_contributed=contributed, detail=detail)
+            self._board.update(phase=Phase.WAITING, rounds_contributed=contributed, detail=detail)
 
     def _give_up(self, assignment_id: AssignmentId, detail: str) -> None:
         """End an assignment whose delta is not wanted, or it would be handed out again."""

@@ -22,10 +22,15 @@ _OVER = frozenset({RunState.FINISHED, RunState.STOPPED})
 
 def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
     """Give a client its open assignment, else something useful to do while it waits."""
+    return find_work(store, client, now) or explain_waiting(store, client, now)
+
+
+def find_work(store: Store, client: ClientRecord, now: float) -> Assignment | None:
+    """Give a client what it can do at once, or None."""
     assignment = store.open_assignment(client.client_id)
     if assignment is not None:
         return _train(store, client, assignment, now)
-    runs = [run for run in store.runs() if client.run in {None, run.run}]
+    runs = _runs_of(store, client)
     active = [run for run in runs if run.state in _ACTIVE]
     for run in active:
         if _lacks_calibration(store, client, run):
@@ -35,12 +40,20 @@ def guide(store: Store, client: ClientRecord, now: float) -> Assignment:
         task = _final_evaluation(store, client, run)
         if task is not None:
             return Wait(reason=f"run {run.run} is over; evaluate its last revision", evaluate=task)
-    if active:
-        reasons = [_why_waiting(store, client, run, now) for run in active]
-        return Wait(reason="; ".join(reasons)[:4000])
-    if client.run is not None and runs and runs[0].state in _OVER:
+    if not active and client.run is not None and runs and runs[0].state in _OVER:
         return Stop(reason=f"run {client.run} is {runs[0].state}")
-    return Wait(reason=_why_nothing(runs))
+    return None
+
+
+def explain_waiting(store: Store, client: ClientRecord, now: float) -> Wait:
+    """Say why there is nothing that a client could do."""
+    runs = _runs_of(store, client)
+    reasons = [_why_waiting(store, client, run, now) for run in runs if run.state in _ACTIVE]
+    return Wait(reason="; ".join(reasons)[:4000] or _why_nothing(runs))
+
+
+def _runs_of(store: Store, client: ClientRecord) -> list[RunRecord]:
+    return [run for run in store.runs() if client.run in {None, run.run}]
 
 
 def _train(

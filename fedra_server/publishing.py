@@ -28,7 +28,7 @@ from fedra_server.runs import RunSpec
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import MergeRecord, RevisionRecord
 
-_WRITERS: Final = 4
+_WRITERS: Final = 16
 """Blobs are written side by side, so that the disk can sync several at once."""
 
 

@@ -53,10 +53,13 @@ class Recruiter:
         )
         candidates = population.candidates(run.run)
         spec = self._store.model(run.model_id).spec
-        self._tell(run.run, find_unfit(candidates, spec, run.spec), "cannot take part")
-        self._tell(run.run, population.resting, "gets no work")
         generator = round_generator(run.spec, number, draw)
-        return plan_round(candidates, spec, run.spec, last_trained, generator, places=places)
+        planned = plan_round(candidates, spec, run.spec, last_trained, generator, places=places)
+        chosen = {item.client_id for item in planned}
+        left_out = [item for item in candidates if item.client_id not in chosen]
+        self._tell(run.run, find_unfit(left_out, spec, run.spec), "cannot take part")
+        self._tell(run.run, population.resting, "gets no work")
+        return planned
 
     def _tell(self, run: RunId, reasons: Mapping[ClientId, str], what: str) -> None:
         """Tell the operator, once for each reason, whom a run goes on without and why."""

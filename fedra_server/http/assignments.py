@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request
@@ -12,9 +13,9 @@ from fedra_edge.protocol import routes
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.messages import FailureReport
 from fedra_edge.protocol.problems import ProblemCode
-from fedra_edge.protocol.rounds import Assignment, Wait
+from fedra_edge.protocol.rounds import Assignment
 from fedra_edge.protocol.wire import Token
-from fedra_server.guidance import guide
+from fedra_server.guidance import explain_waiting, find_work
 from fedra_server.http.auth import Caller, SpeaksProtocol
 from fedra_server.http.clients import give_up, own_assignment
 from fedra_server.http.mounting import FOR_CLIENTS, mount
@@ -49,18 +50,18 @@ async def next_assignment(
     sign_at = now() + sign_s
     while True:
         change = services.changes.next_change()
-        assignment = await run_in_threadpool(_guide, services, client)
-        if services.changes.is_closing or not _is_idle(assignment):
-            return assignment
-        try:
+        work = await run_in_threadpool(_find_work, services, client)
+        if work is not None:
+            return work
+        if services.changes.is_closing or now() >= deadline or await request.is_disconnected():
+            return await run_in_threadpool(_explain_waiting, services, client)
+        with suppress(TimeoutError):
             async with asyncio.timeout_at(min(deadline, sign_at)):
                 await change.wait()
-        except TimeoutError:
-            if now() >= deadline or await request.is_disconnected():
-                return assignment
-            if not await run_in_threadpool(_show_alive, services, client):
-                return assignment
+        if now() >= sign_at:
             sign_at = now() + sign_s
+            if not await run_in_threadpool(_show_alive, services, client):
+                deadline = now()
 
 
 @mount(
@@ -79,10 +80,16 @@ def report_failure(
     give_up(services, assignment, report.detail)
 
 
-def _guide(services: Services, client: ClientRecord) -> Assignment:
-    """Find what to do next in one view of the records."""
+def _find_work(services: Services, client: ClientRecord) -> Assignment | None:
+    """Find what to do in one view of the records."""
     with services.store.reading():
-        return guide(services.store, client, services.clock.now())
+        return find_work(services.store, client, services.clock.now())
+
+
+def _explain_waiting(services: Services, client: ClientRecord) -> Assignment:
+    """Say why there is nothing to do, in one view of the records."""
+    with services.store.reading():
+        return explain_waiting(services.store, client, services.clock.now())
 
 
 def _show_alive(services: Services, client: ClientRecord) -> bool:
@@ -91,12 +98,3 @@ def _show_alive(services: Services, client: ClientRecord) -> bool:
         return False
     services.store.touch(client.client_id, services.clock.now())
     return True
-
-
-def _is_idle(assignment: Assignment) -> bool:
-    """Tell whether there is nothing at all to do, so that the answer can be held back."""
-    return (
-        isinstance(assignment, Wait)
-        and assignment.calibrate is None
-        and assignment.evaluate is None
-    )

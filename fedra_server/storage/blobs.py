@@ -51,6 +51,7 @@ class BlobStore:
         self._incoming = directory / "incoming"
         with disk_errors("opening the blobs"):
             make_directory(self._incoming)
+            self._make_folders()
             self.discard_leftovers()
 
     def put_file(self, path: Path) -> BlobRef:
@@ -131,6 +132,14 @@ class BlobStore:
                     part.unlink()
             except FileNotFoundError:
                 continue
+
+    def _make_folders(self) -> None:
+        """Make all folders at once, so that no blob has to wait until its own lasts."""
+        folders = [self._directory / f"{number:02x}" for number in range(256)]
+        if not folders[-1].exists():
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+            sync_directory(self._directory)
 
     def _place(self, sha256: str) -> Path:
         return self._directory / sha256[:2] / sha256
