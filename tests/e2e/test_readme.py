@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ ADDRESS = "http://127.0.0.1:8470"
 
 
 def commands(section: int) -> list[list[str]]:
-    """Give the words of each command in a shell block of the part 'By hand'."""
+    """Give the words of each command in a shell block, counted from the part 'By hand' on."""
     by_hand = README.partition("## By hand")[2]
     blocks = re.findall(r"```sh\n(.*?)```", by_hand, flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for line in blocks[section].splitlines()]
@@ -106,19 +107,27 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     second_site = [word.replace("plant-7", "plant-8") for word in join]
     desk.start([*second_site, "--home", "second-home"])
 
-    status, export, evaluate, predict = commands(3)
+    copy, join_with_stick = commands(7)
+    shutil.copytree(*(desk.path / name for name in copy[-2:]))
+    desk.start(join_with_stick)
+
+    status, audit, export, evaluate, predict = commands(3)
 
     def is_over() -> bool:
         return bool(json.loads(desk.run([*status, "--json"]))["state"] == "finished")
 
     wait_until("the run is over", is_over, timeout_s=200)
     desk.run(status)
+    desk.run(audit)
     desk.run(export)
     counts = json.loads(desk.run([*evaluate, "--json"]))
     assert counts["num_correct"] > counts["num_examples"] / 3
     desk.run(predict)
     rows = (desk.path / "told.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + len(list((desk.path / "images").rglob("*.png")))
+
+    for words in (*commands(2), *commands(8)):
+        desk.run(words)
 
     [fuse], [add] = commands(4), commands(5)
     desk.run(fuse)
