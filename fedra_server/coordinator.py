@@ -229,7 +229,7 @@ class Coordinator:
         if not planned and not is_overdue:
             return False
         is_starting_over = is_overdue or not progress.at_work
-        replaced = silent if is_overdue else silent[: len(planned)]
+        replaced = silent[: len(planned)]
         deadline_at = current.deadline_at
         if is_starting_over:
             deadline_at = self._clock.now() + run.spec.deadline_s

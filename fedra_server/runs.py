@@ -55,7 +55,7 @@ class ServerOptimizerSpec(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1000)] | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    tau: Annotated[float, Field(ge=1e-8, le=1)] = 1e-3
 
     @property
     def is_adaptive(self) -> bool:

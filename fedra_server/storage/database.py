@@ -40,7 +40,10 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._engine = _create_engine(url)
-        self._reader = self._engine.execution_options(**{_READS_ONLY: True})
+        options: dict[str, Any] = {_READS_ONLY: True}
+        if self._engine.dialect.name == "postgresql":  # there each statement has its own view
+            options["isolation_level"] = "REPEATABLE READ"
+        self._reader = self._engine.execution_options(**options)
         self._view = threading.local()
         self._lasting: dict[Hashable, Any] = {}
         self._remembering = threading.Lock()
