@@ -95,7 +95,8 @@ class EdgeClient:
     ) -> None:
         if dataset is None and config.data is None:
             raise ConfigurationError(
-                "no local data is given", remedy="give a data directory or a dataset"
+                "no local data is given",
+                remedy="give --data (in a program: data), a directory or CSV file, or a dataset",
             )
         self._config = config
         self._dataset = dataset

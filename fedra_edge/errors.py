@@ -10,6 +10,7 @@ FedraEdgeError
 │   └── TrainingInterrupted       ... in the middle of training or evaluating
 ├── StorageError                  a local file cannot be read or written
 │   └── StorageFullError          ... because disk or quota have no space left
+├── MirrorTooSlowError            a mirror brings weights so slowly that others are asked
 ├── ServerUnreachableError        no answer, or an answer that says "not now"
 │   └── UnexpectedAnswerError     something answered, but not as the protocol allows
 └── ServerRefusedError            the server says no; carries its problem document
@@ -80,6 +81,10 @@ class StorageError(FedraEdgeError):
 
 class StorageFullError(StorageError):
     """Disk or quota have no space left."""
+
+
+class MirrorTooSlowError(FedraEdgeError):
+    """A mirror brings weights so slowly that others are asked."""
 
 
 class ServerUnreachableError(FedraEdgeError):

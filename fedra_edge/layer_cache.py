@@ -123,6 +123,11 @@ class LayerCache:
         sizes = {ref.sha256: ref.size_bytes for ref in refs}
         return sum(sizes.values()) <= self._quota_bytes
 
+    def give_way(self, size_bytes: int) -> bool:
+        """Evict so many bytes for the sake of another file; tell whether anything could go."""
+        with self._lock:
+            return self._evict(self._listing(), size_bytes, self._pinned) < size_bytes
+
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
         """Keep every file that is asked for inside this block until the block ends."""
@@ -198,19 +203,24 @@ class LayerCache:
         names = tuple(ref.sha256 for ref in refs)
         others = [held for held in self._listing() if not held.path.name.startswith(names)]
         excess_bytes = sum(held.size_bytes for held in others) + needed_bytes - self._quota_bytes
-        for held in sorted(others, key=lambda held: held.used_ns):
-            if excess_bytes <= 0:
-                return
-            if held.path not in keep and _unlink(held.path):
-                LOGGER.debug("evicted %s", held.path.name[:12])
-                excess_bytes -= held.size_bytes
-                self._used_bytes -= held.size_bytes
+        excess_bytes = self._evict(others, excess_bytes, keep)
         if excess_bytes > 0:
             raise StorageFullError(
                 f"the cache quota of {self._quota_bytes} bytes is {excess_bytes} bytes too small "
                 "for this work",
                 remedy="allow more with FEDRA_EDGE_DISK_QUOTA_BYTES",
             )
+
+    def _evict(self, candidates: Iterable[_Held], excess_bytes: int, keep: Collection[Path]) -> int:
+        """Remove what was used least recently; give how many bytes are still too many."""
+        for held in sorted(candidates, key=lambda held: held.used_ns):
+            if excess_bytes <= 0:
+                break
+            if held.path not in keep and _unlink(held.path):
+                LOGGER.debug("evicted %s", held.path.name[:12])
+                excess_bytes -= held.size_bytes
+                self._used_bytes -= held.size_bytes
+        return excess_bytes
 
     def _touch(self, path: Path) -> None:
         """Let a file be the one used last, also when the clock has gone back since the others."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 from dataclasses import dataclass, field
 from typing import Final
+
+from fedra_edge.errors import ConfigurationError
 
 IDLE_S: Final = 30.0
 _UNSENT_BYTES: Final = 32 * 2**10
@@ -30,6 +33,25 @@ class Link:
     ca_file: str | None = None
     max_bytes_per_s: int | None = None
     idle_s: float = IDLE_S
+
+
+def trusted(ca_file: str | None) -> ssl.SSLContext | bool:
+    """Read whom to trust; True leaves it to the environment.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or holds no certificate.
+    """
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        is_read = isinstance(error, ssl.SSLError)
+        reason = "it holds no certificate (PEM)" if is_read else error.strerror or str(error)
+        raise ConfigurationError(
+            f"the certificate authority's file {ca_file} is of no use: {reason}",
+            remedy="give the certificate authority of your plant or proxy, as PEM, as --ca-file",
+        ) from error
 
 
 def tune(connection: socket.socket) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -18,9 +18,9 @@ from fedra_edge.bandwidth import Bandwidth
 from fedra_edge.durable_files import storage_errors
 from fedra_edge.errors import (
     FedraEdgeError,
+    MirrorTooSlowError,
     NotThereError,
     ServerUnreachableError,
-    StorageError,
     UnexpectedAnswerError,
     WorkInterrupted,
 )
@@ -35,7 +35,15 @@ from fedra_edge.transport import Request, Transport, open_http_client
 LOGGER: Final = logging.getLogger(__name__)
 _COPY_BYTES: Final = 2**20
 _REST_S: Final = 300.0
-"""How long a share that does not answer is left alone."""
+"""How long a share that does not answer, or is too slow, is left alone."""
+_SLOWEST_BYTES_PER_S: Final = 2**11
+_WATCHED_S: Final = 30.0
+"""How long a share may bring less than that."""
+_STILL_USED: Final = "its others are still used"
+_MANY_MISSES: Final = 8
+"""After so many files that a mirror has not, and none that it has, that is told."""
+_FAIR_SHARE: Final = 8
+"""Downloads at the same time have at least such a part of a capped link each."""
 
 
 class Mirror(Protocol):
@@ -71,13 +79,18 @@ class DirectoryMirror:
             self._directory.stat()
             sources = (self._directory / place for place in _places(ref.sha256))
             source = next((path for path in sources if path.is_file()), None)
+            size_bytes = 0 if source is None else source.stat().st_size
         except OSError as error:
             raise ServerUnreachableError(error.strerror or str(error)) from error
         if source is None:
             return None
+        if size_bytes != ref.size_bytes:
+            raise UnexpectedAnswerError(
+                f"its copy of {ref.sha256} is damaged: {size_bytes} bytes, not {ref.size_bytes}"
+            )
         digest = hashlib.sha256()
         with storage_errors(f"write {file}"), file.open("wb") as copy:
-            for chunk in self._read(source):
+            for chunk in self._read(source, size_bytes):
                 copy.write(chunk)
                 digest.update(chunk)
                 on_bytes(len(chunk))
@@ -90,10 +103,11 @@ class DirectoryMirror:
     def close(self) -> None:
         """Nothing is open between two copies."""
 
-    def _read(self, source: Path) -> Iterator[bytes]:
+    def _read(self, source: Path, missing_bytes: int) -> Iterator[bytes]:
         try:
             with source.open("rb") as file:
-                while chunk := file.read(_COPY_BYTES):
+                while chunk := file.read(min(_COPY_BYTES, missing_bytes)):
+                    missing_bytes -= len(chunk)
                     if self._stopping.is_set():
                         raise WorkInterrupted("a stop was asked for")
                     yield chunk
@@ -101,26 +115,73 @@ class DirectoryMirror:
             raise ServerUnreachableError(error.strerror or str(error)) from error
 
 
+class SpeedWatch:
+    """Passes bytes on and ends a transfer that is too slow; what came first starts the clock."""
+
+    def __init__(
+        self,
+        on_bytes: OnBytes,
+        least_bytes_per_s: float,
+        watched_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._on_bytes = on_bytes
+        self._least_bytes_per_s = least_bytes_per_s
+        self._watched_s = watched_s
+        self._clock = clock
+        self._since: float | None = None
+        self._size_bytes = 0
+
+    def __call__(self, size_bytes: int) -> None:
+        """Take note of bytes.
+
+        Raises:
+            MirrorTooSlowError: There were too few of them for too long.
+        """
+        self._on_bytes(size_bytes)
+        now = self._clock()
+        if self._since is None:
+            self._since = now
+        self._size_bytes += size_bytes
+        passed_s = now - self._since
+        if passed_s < self._watched_s:
+            return
+        if self._size_bytes < passed_s * self._least_bytes_per_s:
+            raise MirrorTooSlowError(
+                f"it brought {self._size_bytes} bytes in {passed_s:.0f} s",
+                remedy="look at the mirror and the network in between",
+            )
+        self._since, self._size_bytes = now, 0
+
+
 class ShareMirror:
     """A web server in the plant that serves such a directory; it is told no credential."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        least_bytes_per_s: float = _SLOWEST_BYTES_PER_S,
+        watched_s: float = _WATCHED_S,
+    ) -> None:
         self._transport = transport
+        self._least_bytes_per_s = least_bytes_per_s
+        self._watched_s = watched_s
         self._rests_until = 0.0
 
     def bring(self, ref: BlobRef, file: Path, on_bytes: OnBytes) -> str | None:
         """Download a blob's file."""
         if time.monotonic() < self._rests_until:
             return None
+        watch = SpeedWatch(on_bytes, self._least_bytes_per_s, self._watched_s)
         for place in _places(ref.sha256):
             request = Request(Route("GET", f"/{place}"), f"/{place}")
             try:
-                return Download(self._transport, request, file, ref.size_bytes, on_bytes).complete()
+                return Download(self._transport, request, file, ref.size_bytes, watch).complete()
             except NotThereError:
                 continue
             except UnexpectedAnswerError:
                 raise
-            except ServerUnreachableError:
+            except (ServerUnreachableError, MirrorTooSlowError):
                 self._rests_until = time.monotonic() + _REST_S
                 raise
         return None
@@ -140,7 +201,8 @@ class MirroredFetch:
     def __init__(self, mirrors: Sequence[tuple[str, Mirror]], server: Fetch) -> None:
         self._mirrors = mirrors
         self._server = server
-        self._complained: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
+        self._misses = dict.fromkeys((name for name, _ in mirrors), 0)
 
     def __call__(self, ref: BlobRef, part: Path, on_bytes: OnBytes) -> str:
         """Complete ``part`` and give its sha256; what a mirror has wrong is never kept."""
@@ -152,22 +214,41 @@ class MirroredFetch:
                 if digest == ref.sha256:
                     with storage_errors(f"keep {part}"):
                         copy.replace(part)
+                    self._misses.pop(name, None)
                     return digest
-                if digest is not None:
-                    self._complain(name, f"its file {ref.sha256} is damaged")
-            except (StorageError, WorkInterrupted):
+                if digest is None:
+                    self._note_miss(name)
+                else:
+                    reason = f"its copy of {ref.sha256} is damaged; {_STILL_USED}"
+                    self._warn(name, "damaged", reason)
+            except WorkInterrupted:
                 raise
+            except UnexpectedAnswerError as error:
+                self._warn(name, "damaged", f"{error}; {_STILL_USED}")
             except FedraEdgeError as error:
-                self._complain(name, str(error))
+                self._misses.pop(name, None)
+                self._warn(name, "useless", f"is of no use: {error}")
             told.take_back()
             with storage_errors(f"remove {copy}"):
                 copy.unlink(missing_ok=True)
         return self._server(ref, part, on_bytes)
 
-    def _complain(self, name: str, reason: str) -> None:
-        if name not in self._complained:
-            self._complained.add(name)
-            LOGGER.warning("the mirror %s is of no use: %s", name, reason)
+    def _note_miss(self, name: str) -> None:
+        """Count what a mirror has not, as long as it had nothing; one that rests is not asked."""
+        misses = self._misses.get(name)
+        if misses is None:
+            return
+        self._misses[name] = misses + 1
+        if misses + 1 == _MANY_MISSES:
+            reason = f"had none of the first {_MANY_MISSES} files looked for there"
+            hint = "adapters, new in each round, come from the server anyway"
+            self._warn(name, "empty", f"{reason}; does it hold this model's weights? ({hint})")
+
+    def _warn(self, name: str, kind: str, reason: str) -> None:
+        """Tell of each mirror once what is wrong with it."""
+        if (name, kind) not in self._told:
+            self._told.add((name, kind))
+            LOGGER.warning("the mirror %s: %s", name, reason)
 
 
 def open_mirrors(
@@ -189,7 +270,10 @@ def _open(place: str, link: Link, bandwidth: Bandwidth) -> Mirror:
     if not is_web_address(place):
         return DirectoryMirror(Path(place))
     near = Link(ca_file=link.ca_file, idle_s=link.idle_s)
-    return ShareMirror(Transport(open_http_client(place, near), near, bandwidth))
+    transport = Transport(open_http_client(place, near), near, bandwidth)
+    if link.max_bytes_per_s is None:
+        return ShareMirror(transport)
+    return ShareMirror(transport, min(_SLOWEST_BYTES_PER_S, link.max_bytes_per_s / _FAIR_SHARE))
 
 
 def _places(sha256: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from fedra_edge.durable_files import (
     write_durably,
     write_synced,
 )
+from fedra_edge.errors import StorageError
 from fedra_edge.protocol.deltas import DeltaManifest, TrainingReport
 from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.files import sha256_of_file
@@ -70,6 +71,8 @@ class Outbox:
         )
         file, place = (self._file(assignment_id, suffix) for suffix in (_TENSORS, _MANIFEST))
         stored = StateFile().model_dump() | manifest.model_dump(mode="json")
+        with storage_errors(f"tidy up {self._directory}"):
+            self._drop_unfinished()  # tensors whose manifest the disk did not take
         for path in (file, place):
             clear_place(path, self._directory / _DAMAGED)
         write_synced(file, [tensors])  # the manifest's name lasts with this one's
@@ -94,11 +97,14 @@ class Outbox:
         return list(self._directory.glob(f"*{_MANIFEST}"))
 
     def parcels(self) -> list[Parcel]:
-        """Read what waits, the oldest first; what is damaged is set aside in ``damaged/``."""
+        """Read what waits, the oldest first; what is damaged is set aside in ``damaged/``.
+
+        What can be neither read nor set aside, on a full disk perhaps, is left for the next time.
+        """
         with storage_errors(f"read {self._directory}"):
             self._drop_unfinished()
             manifests = sorted(self._manifests(), key=lambda path: path.stat().st_mtime_ns)
-        parcels = [self._read(path) for path in manifests]
+        parcels = [self._look_at(path) for path in manifests]
         return [parcel for parcel in parcels if parcel is not None]
 
     @property
@@ -127,6 +133,13 @@ class Outbox:
                 path.unlink()
         for path in self._directory.glob(f"*{UNFINISHED}"):
             path.unlink()
+
+    def _look_at(self, path: Path) -> Parcel | None:
+        try:
+            return self._read(path)
+        except StorageError as error:
+            LOGGER.warning("the delta of assignment %s is left alone: %s", path.stem, error)
+            return None
 
     def _read(self, path: Path) -> Parcel | None:
         assignment_id = AssignmentId(path.stem)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -40,6 +40,7 @@ from fedra_edge.protocol.ids import ModelId
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.rounds import Evaluation, EvaluationTask, Train, Wait
 from fedra_edge.protocol.slices import SliceManifest
+from fedra_edge.retrying import RetryPolicy
 from fedra_edge.slicing import (
     fetch_tokenizer,
     find_graphs,
@@ -55,6 +56,12 @@ from fedra_edge.transport import Traffic, Transport
 LOGGER: Final = logging.getLogger(__name__)
 FATAL: Final = (NotAuthenticatedError, ProtocolMismatchError, BackendUnavailableError)
 """Errors after which nothing this client could be asked to do would work."""
+_FOR_SPACE: Final = RetryPolicy(first_wait_s=0.5, max_wait_s=10.0)
+_NOT_WANTED: Final = (
+    "the server no longer waits for this slice: "
+    "the round went on without it, or it became too stale"
+)
+_MANIFEST_BYTES: Final = 64 * 2**10
 _MOST_TOLD: Final = 100
 """What a training report can hold of step-downs."""
 
@@ -103,7 +110,7 @@ class Participation:
         except WorkInterrupted:
             return True
         except Exception as error:  # noqa: BLE001 (whatever a trainer or a dataset may raise)
-            _log("the work could not be done; trying again later", error)
+            self._tell("the work could not be done; trying again later", error)
             self._raise_if_fatal(model_id, error)
             return False
         return True
@@ -124,10 +131,12 @@ class Participation:
         except WorkInterrupted as error:
             LOGGER.info("round %d: %s", manifest.round_number, error)
             if not beats.is_wanted:
+                LOGGER.warning("round %d: %s", manifest.round_number, _NOT_WANTED)
+                self._board.update(phase=Phase.WAITING, detail=_NOT_WANTED)
                 drop_checkpoints(self._equipment.config.checkpoints)
             return True
         except Exception as error:  # noqa: BLE001 (whatever a trainer or a dataset may raise)
-            _log(f"round {manifest.round_number}: training failed", error)
+            self._tell(f"round {manifest.round_number}: training failed", error)
             self._report(manifest, error)
             self._raise_if_fatal(manifest.model_id, error)
             return False
@@ -205,13 +214,33 @@ class Participation:
             surroundings = self._surroundings(manifest, guard, beats)
             trained = self._equipment.trainer.train(work, data, surroundings)
             delta = pack_delta(compute_delta(work.adapters, trained.adapters))
-        self._equipment.outbox.put(
-            manifest.id,
-            delta,
-            num_examples=trained.num_examples,
-            report=self._training_report(trained, meter, guard),
-        )
+        report = self._training_report(trained, meter, guard)
+        put = partial(self._equipment.outbox.put, num_examples=trained.num_examples, report=report)
+        self._keep(lambda: put(manifest.id, delta), len(delta), beats)
         drop_checkpoints(self._equipment.config.checkpoints)
+
+    def _keep(self, put: Callable[[], object], size_bytes: int, beats: Heartbeats) -> None:
+        """Put a delta into the outbox; on a full disk the cache gives way, or space is waited for.
+
+        Raises:
+            WorkInterrupted: A stop was asked for, or nobody waits for the delta any more.
+        """
+        failures = 0
+        while True:
+            try:
+                put()
+            except StorageFullError as error:
+                if self._should_stop(beats):
+                    raise WorkInterrupted("no space came for the delta") from error
+                if self._equipment.layer_cache.give_way(size_bytes + _MANIFEST_BYTES):
+                    continue
+                failures += 1
+                if failures == 1:
+                    LOGGER.warning("the finished delta waits for disk space: %s", error)
+                    self._board.update(detail="the finished delta waits for disk space")
+            else:
+                return
+            self._equipment.control.stopping.wait(_FOR_SPACE.wait_s(failures, 1.0))
 
     def _guard(self, manifest: SliceManifest) -> PromiseGuard:
         """Hold this slice to the memory of this machine, as this process has measured it."""
@@ -247,7 +276,11 @@ class Participation:
             scratch_bytes=max(0, free_bytes - self._equipment.layer_cache.used_bytes) // 2,
             checkpoint=checkpoint,
             is_to_rest=lambda: control.is_paused or control.is_stopping,
+            on_resume=self._on_resume,
         )
+
+    def _on_resume(self, done: int, total: int) -> None:
+        self._board.update(detail=f"going on after step {done} of {total}")
 
     def _on_step(self, beats: Heartbeats, done: int, total: int, loss: float) -> None:
         beats.note(done)
@@ -304,6 +337,14 @@ class Participation:
             self._matched[model_id] = matched
         return self._matched[model_id]
 
+    def _tell(self, what: str, error: Exception) -> None:
+        """Log and show a failure; a trace is logged only of what nobody foresaw."""
+        is_foreseen = isinstance(error, FedraEdgeError)
+        remedy = f" ({error.remedy})" if isinstance(error, FedraEdgeError) and error.remedy else ""
+        told = f"{what}: {str(error) or type(error).__name__}{remedy}"
+        LOGGER.error("%s", told, exc_info=None if is_foreseen else error)
+        self._board.update(phase=Phase.WAITING, detail=told)
+
     def _report(self, manifest: SliceManifest, error: Exception) -> None:
         try:
             self._api.report_failure(manifest.id, _told_to_server(error))
@@ -328,13 +369,6 @@ class Participation:
             if not was_matched:
                 raise error
             self._data(ModelId(model_id))
-
-
-def _log(what: str, error: Exception) -> None:
-    """Log a trace only of what nobody foresaw."""
-    is_foreseen = isinstance(error, FedraEdgeError)
-    remedy = f" ({error.remedy})" if isinstance(error, FedraEdgeError) and error.remedy else ""
-    LOGGER.error("%s: %s%s", what, error, remedy, exc_info=None if is_foreseen else error)
 
 
 def _told_to_server(error: Exception) -> str:

@@ -11,6 +11,7 @@ from fedra_edge.errors import (
     FedraEdgeError,
     ServerRefusedError,
     ServerUnreachableError,
+    StorageError,
     WorkInterrupted,
 )
 from fedra_edge.identity import Identity, IdentityFile
@@ -175,7 +176,7 @@ class Session:
             self._is_reason_known = False
 
     def _deliver(self) -> bool:
-        """Send every delta that waits; tell whether none is left for the next time."""
+        """Send every delta that waits; tell whether new work may be asked for."""
         for parcel in self._equipment.outbox.parcels():
             self._board.update(phase=Phase.SENDING, detail="sending the delta")
             try:
@@ -183,6 +184,9 @@ class Session:
             except ServerUnreachableError as error:
                 LOGGER.warning("the delta waits in the outbox: %s", error)
                 return False
+            except StorageError as error:
+                LOGGER.warning("the delta of %s stays in the outbox: %s", parcel.manifest.id, error)
+                self._board.update(phase=Phase.WAITING, detail=f"a delta stays behind: {error}")
         return True
 
     def _send(self, parcel: Parcel) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import ssl
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +25,8 @@ from fedra_edge.errors import (
     ServerUnreachableError,
     UnexpectedAnswerError,
 )
-from fedra_edge.link import Link, tune
+from fedra_edge.link import Link, trusted, tune
+from fedra_edge.network_errors import CHECK_PROXY, Way, mapped_errors
 from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER, Route
 from fedra_edge.protocol.version import (
@@ -45,7 +45,6 @@ _SLOWEST_WORK_BYTES_PER_S: Final = 10**6
 """How slowly a server may check and sync what it was sent without being taken for gone."""
 _NOT_FOUND: Final = 404
 _WHO_ARE_YOU: Final = 407
-_CHECK_PROXY: Final = "check --proxy and its account, or HTTPS_PROXY and NO_PROXY"
 _NOT_NOW: Final = frozenset({408, 425, 429})
 _MAX_PROBLEM_BYTES: Final = 64 * 1024
 _MAX_ANSWER_BYTES: Final = 64 * 2**20
@@ -107,13 +106,11 @@ def json_request(route: Route, path: str, body: WireModel | None = None) -> Requ
 def open_http_client(server: str, link: Link = _DIRECT) -> httpx.Client:
     """Open the connection pool; what the link does not say comes from the environment."""
     try:
-        verify = True if link.ca_file is None else ssl.create_default_context(cafile=link.ca_file)
-        return httpx.Client(base_url=server, proxy=link.proxy, verify=verify)
+        return httpx.Client(base_url=server, proxy=link.proxy, verify=trusted(link.ca_file))
     except (httpx.InvalidURL, ValueError, OSError, ImportError) as error:
         raise ConfigurationError(
             f"cannot prepare connections to {server}: {error}",
-            remedy="check the address, --proxy and --ca-file, and HTTPS_PROXY, NO_PROXY, "
-            "SSL_CERT_FILE",
+            remedy="check the address and --proxy, and HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE",
         ) from error
 
 
@@ -185,8 +182,9 @@ class Transport:
         """Send a request and give the answer before its body is read; refusals are raised."""
         if self._client.is_closed:
             raise ServerUnreachableError("this client's connections are closed")
-        with _mapped_errors():
-            response = self._client.send(self._build(request), stream=True)
+        way = Way()
+        with mapped_errors(way):
+            response = self._client.send(self._build(request, way), stream=True)
         try:
             self._check_version(response)
             if not response.is_success:
@@ -198,7 +196,7 @@ class Transport:
 
     def received(self, response: httpx.Response) -> Iterator[bytes]:
         """Yield the answer's body as it comes, counted."""
-        with _mapped_errors():
+        with mapped_errors(Way()):
             for chunk in response.iter_raw():
                 self._count(received=len(chunk))
                 yield chunk
@@ -226,7 +224,7 @@ class Transport:
         """Close all connections."""
         self._client.close()
 
-    def _build(self, request: Request) -> httpx.Request:
+    def _build(self, request: Request, way: Way) -> httpx.Request:
         headers = {
             PROTOCOL_HEADER: PROTOCOL_VERSION,
             "Accept-Encoding": "identity",
@@ -243,7 +241,13 @@ class Transport:
             content=self._counted(request.content),
             timeout=timeout,
         )
-        built.extensions["trace"] = self._remember_socket
+        url = built.url
+
+        def trace(event: str, info: Mapping[str, Any]) -> None:
+            way.note(event, info, url)
+            self._remember_socket(event, info)
+
+        built.extensions["trace"] = trace
         return built
 
     def _patience_s(self, request: Request) -> float:
@@ -313,29 +317,6 @@ class Transport:
         return _error_of(response, _parse_problem(response, body))
 
 
-@contextlib.contextmanager
-def _mapped_errors() -> Iterator[None]:
-    try:
-        yield
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
-        raise ConfigurationError(f"the request cannot be sent: {error}") from error
-    except httpx.TimeoutException as error:
-        raise ServerUnreachableError(
-            "the server does not answer in time", remedy="check the network and the address"
-        ) from error
-    except httpx.DecodingError as error:
-        raise UnexpectedAnswerError(f"the answer cannot be decoded: {error}") from error
-    except httpx.RequestError as error:
-        remedy = "check that the server runs and that --server is its address"
-        if "CERTIFICATE" in str(error):
-            remedy = "give the certificate authority of your plant or proxy as --ca-file"
-        elif isinstance(error, httpx.ProxyError):
-            remedy = _CHECK_PROXY
-        raise ServerUnreachableError(
-            f"the server cannot be reached: {str(error) or type(error).__name__}", remedy=remedy
-        ) from error
-
-
 def _end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -385,7 +366,7 @@ def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
     kind = NotThereError if response.status_code == _NOT_FOUND else UnexpectedAnswerError
     return kind(
         f"HTTP status {response.status_code} without a problem document",
-        remedy=_CHECK_PROXY if response.status_code == _WHO_ARE_YOU else _WRONG_ADDRESS,
+        remedy=CHECK_PROXY if response.status_code == _WHO_ARE_YOU else _WRONG_ADDRESS,
     )
 
 

@@ -145,8 +145,12 @@ def _end_of_work(run: RunState, work: WorkTrail, merged: list[str]) -> Iterator[
             yield "all of its pieces are merged, and yet it waits"
         case AssignmentState.ADMITTED if run is RunState.FINISHED:
             yield "it was admitted, and its run finished without merging it"
-        case AssignmentState.PENDING | AssignmentState.FAILED | AssignmentState.EXPIRED if merged:
+        case AssignmentState.ADMITTED | AssignmentState.MERGED:
+            pass
+        case _ if merged:
             yield f"it is {work.state}, and yet {merged} are merged"
+        case AssignmentState.REFUSED if work.delta is not None:
+            yield "it was admitted, and refused before any of it was merged"
         case _:
             pass
     if work.state in {AssignmentState.ADMITTED, AssignmentState.MERGED} and work.delta is None:

@@ -105,7 +105,7 @@ class _Audit:
         try:
             self._look_at(self.store.trail(run), revision)
         except (NotFoundError, ValueError, LookupError, TypeError) as error:
-            detail = f"they cannot be understood: {error}"
+            detail = f"they cannot be understood: {_in_words(error)}"
             self.broken.append(BrokenRule(run=run, what="records", detail=detail))
 
     def _look_at(self, trail: RunTrail, revision: int | None) -> None:
@@ -180,7 +180,8 @@ class _Audit:
             found = _recomputed(trail, number, self.home, self.blobs)
         except (NotFoundError, OSError, ValueError, LookupError) as error:
             if not self._is_pruned(trail, number):
-                self._note(trail, f"revision {number}", f"it cannot be computed again: {error}")
+                why = _in_words(error)
+                self._note(trail, f"revision {number}", f"it cannot be computed again: {why}")
             return False
         self.difference = self.difference or found
         return True
@@ -222,6 +223,18 @@ def _why_not(path: Path, expected: BlobRef) -> str | None:
     if (sha256, size_bytes) != (expected.sha256, expected.size_bytes):
         return f"is altered: sha256 {sha256}, {size_bytes} bytes; recorded {expected.sha256}"
     return None
+
+
+def _in_words(error: Exception) -> str:
+    """Tell an error without what is only for programmers."""
+    match error:
+        case OSError(strerror=str(said)):
+            name = "" if error.filename is None else f"{Path(error.filename).name}: "
+            return f"{name}{said[:1].lower()}{said[1:]}"
+        case KeyError() | IndexError():
+            return f"nothing is known of {error.args[0] if error.args else 'a part'}"
+        case _:
+            return str(error)
 
 
 def _blobs_in(value: object) -> Iterator[BlobRef]:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
+from typing import Final
 
 from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId, RunId
 from fedra_server.clock import Clock
 from fedra_server.config import ServerHome
+from fedra_server.errors import StorageError
 from fedra_server.merging import Contributor
 from fedra_server.publishing import Arrival, merged_revision
 from fedra_server.rounds import HeldSlice, WaitingDelta, due_pieces, too_stale
 from fedra_server.run_locks import RunLocks
 from fedra_server.runs import AssignmentState
 from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.durability import disk_errors
 from fedra_server.storage.records import MergeRecord, RevisionRecord, RoundRecord, RunRecord
 from fedra_server.storage.rounds import Publication
 from fedra_server.storage.store import Store
 
 LOGGER = logging.getLogger(__name__)
+_LOST: Final = (
+    "Bring the file back, as by mounting its disk; if it is lost for good, put an empty one in its "
+    "place, and the run goes on without it."
+)
 
 
 class Committer:
@@ -92,7 +99,8 @@ class Committer:
             )
             for delta in taken
         ]
-        return merged_revision(base, arrivals, run.spec, self._blobs, now=now, due_pieces=due)
+        with disk_errors("merging"):
+            return merged_revision(base, arrivals, run.spec, self._blobs, now=now, due_pieces=due)
 
     def _too_stale(
         self, run: RunRecord, revision: RevisionRecord, *, is_last: bool
@@ -111,22 +119,27 @@ class Committer:
         return {number: self._store.revision(run, number) for number in numbers}
 
     def _set_damaged_aside(self, taken: Iterable[WaitingDelta]) -> bool:
-        """Refuse admitted deltas whose file is gone or altered; tell whether there were any."""
-        damaged = [delta for delta in taken if not self._is_sound(delta)]
+        """Refuse admitted deltas whose bytes are altered; tell whether there were any.
+
+        Raises:
+            StorageError: A file is not there or cannot be read, which may pass.
+        """
+        files = {delta: self._home.delta_file(delta.assignment_id) for delta in taken}
+        try:
+            for file in files.values():
+                file.stat()
+            damaged = [it for it, file in files.items() if sha256_of_file(file) != it.sha256]
+        except OSError as error:
+            raise StorageError(
+                f"an admitted delta cannot be read: {error}", remedy=_LOST
+            ) from error
         for delta in damaged:
-            LOGGER.error(
-                "the stored delta %s is damaged or gone; its run goes on without it",
-                self._home.delta_file(delta.assignment_id),
-            )
+            LOGGER.error("the stored delta %s is damaged; its run goes on without it", files[delta])
             self._store.settle(
                 delta.assignment_id,
                 AssignmentState.REFUSED,
-                detail="the server's copy of this delta is damaged or gone",
+                detail="the server's copy of this delta is damaged",
                 now=self._clock.now(),
                 only_from={AssignmentState.ADMITTED},
             )
         return bool(damaged)
-
-    def _is_sound(self, delta: WaitingDelta) -> bool:
-        path = self._home.delta_file(delta.assignment_id)
-        return path.is_file() and sha256_of_file(path) == delta.sha256

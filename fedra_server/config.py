@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ByteSize, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from fedra_edge.protocol.ids import AssignmentId, UploadId
@@ -24,7 +24,7 @@ CONFIG_TEMPLATE: Final = """\
 # max_enrolments_per_minute = 120 # further enrolments are told to come back later
 # max_request_bytes = 1048576     # for every request body but an upload's
 # max_delta_bytes = 67108864      # default: what the run's adapters need
-# max_disk_bytes = 100000000000   # for weights, adapters, deltas and uploads; default: the disk
+# max_disk_bytes = "100GB"        # for weights, adapters, deltas and uploads; default: the disk
 # database_url = "postgresql+psycopg://user@host/fedra"  # default: a SQLite file here
 # log_level = "info"
 """
@@ -99,7 +99,7 @@ class ServerConfig(BaseSettings):
     max_enrolments_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 120
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 2**20
     max_delta_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
-    max_disk_bytes: Annotated[int, Field(ge=1, le=2**50)] | None = None
+    max_disk_bytes: Annotated[ByteSize, Field(ge=1, le=2**50)] | None = None
     database_url: Annotated[str | None, Field(repr=False)] = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -123,9 +123,14 @@ class ServerConfig(BaseSettings):
 def describe_invalid(error: ValidationError) -> str:
     """Tell each invalid value's name and what is wrong with it, never the value itself."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in issue['loc']) or 'value'}: {issue['msg']}"
+        ": ".join(filter(None, (".".join(map(str, issue["loc"])), _plainly(issue["msg"]))))
         for issue in error.errors(include_input=False, include_url=False)
     )
+
+
+def _plainly(message: str) -> str:
+    known = message.removeprefix("Value error, ")
+    return "unknown setting" if known == "Extra inputs are not permitted" else known
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

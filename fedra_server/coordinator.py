@@ -160,7 +160,10 @@ class Coordinator:
         fault_point("assign.decided")
         self._store.open_round(opened, [assign(run, base, number, item, now) for item in planned])
         fault_point("assign.recorded")
-        LOGGER.info("run %s: round %d opened with %d participants", run.run, number, len(planned))
+        if not is_flowing:
+            LOGGER.info(
+                "run %s: round %d opened with %d participants", run.run, number, len(planned)
+            )
         return True
 
     def _hand_out(self, run: RunRecord, current: RoundRecord) -> bool:
@@ -234,10 +237,17 @@ class Coordinator:
         if is_starting_over:
             deadline_at = self._clock.now() + run.spec.deadline_s
         self._extend(run, current, base, planned, deadline_at=deadline_at, expire=replaced)
-        LOGGER.warning(
-            "run %s: round %d has too few deltas; %d silent participants replaced by %d",
-            run.run, current.number, len(replaced), len(planned),
-        )  # fmt: skip
+        if is_overdue:
+            LOGGER.warning(
+                "run %s: round %d was due; %d of %d deltas are there; waiting another %g s",
+                run.run, current.number, progress.admitted, run.spec.min_participants,
+                run.spec.deadline_s,
+            )  # fmt: skip
+        if planned:
+            LOGGER.warning(
+                "run %s: round %d has too few deltas; %d silent participants replaced by %d",
+                run.run, current.number, len(replaced), len(planned),
+            )  # fmt: skip
         return bool(planned)
 
     def _extend(

@@ -6,6 +6,7 @@ FedraServerError
 ├── ConflictError           it exists already, or its state does not allow this
 ├── StorageError            disk or database refused
 │   └── StorageFullError    ... because no space is left
+│       └── NotGrantedError  ... for an upload, before it begins
 ├── NotAuthenticatedError   no credential, or a wrong one
 ├── NotPermittedError       a known client asks for what is not its own
 └── RefusedError            a request or delta breaks a rule; carries the problem code
@@ -42,6 +43,10 @@ class StorageError(FedraServerError):
 
 class StorageFullError(StorageError):
     """No space is left."""
+
+
+class NotGrantedError(StorageFullError):
+    """No space is set aside for an upload; told when that begins and ends, not each time."""
 
 
 class NotAuthenticatedError(FedraServerError):

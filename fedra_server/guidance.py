@@ -109,11 +109,13 @@ def _what_it_waits_for(store: Store, client: ClientRecord, run: RunRecord, now: 
     """Say why a run gives no work to a client that could do some."""
     if run.state is RunState.PAUSED:
         return "is paused"
-    rest = resting(store.setbacks(run.run), now).get(client.client_id)
+    rest = resting(store.setbacks(run.run, client.client_id), now).get(client.client_id)
     if rest is not None:
         return f"gives this machine a rest: it {rest}"
     if store.current_round(run.run) is None:
         return f"waits until {run.spec.min_participants} participants are ready"
+    if run.spec.mode == "buffered":
+        return "has no work for this machine now"
     return "waits for other participants"
 
 

@@ -9,14 +9,14 @@ from typing import Final
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.files import sha256_of_file
-from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.ids import ClientId, RunId
 from fedra_edge.protocol.messages import DeltaReceipt
 from fedra_edge.protocol.models import Shape
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.admission import check_delta, largest_delta_bytes
 from fedra_server.clock import Clock
 from fedra_server.config import ServerConfig, ServerHome
-from fedra_server.errors import NotPermittedError, RefusedError
+from fedra_server.errors import FedraServerError, NotPermittedError, RefusedError
 from fedra_server.publishing import trained_pieces
 from fedra_server.rounds import staleness
 from fedra_server.run_locks import RunLocks
@@ -86,19 +86,33 @@ class Intake:
         return assignment.state in _COUNTED
 
     def admit(self, upload: UploadRecord, part: Path) -> DeltaReceipt:
-        """Check a complete upload, make it durable and count it in. Idempotent.
+        """Check a complete upload and count it in."""
+        self.check(upload, part)
+        return self.count_in(upload, part)
+
+    def check(self, upload: UploadRecord, part: Path) -> RunId:
+        """Check the bytes of a complete upload, unless its delta is in already; tell its run.
 
         Raises:
             RefusedError: The delta breaks a rule, or is too stale by now.
-            StorageError: It could not be kept; nothing changed.
+            StorageError: It could not be read; nothing changed.
         """
         with self._store.reading():
             assignment = self.expect(upload.client_id, upload.delta)
+        if not self.is_counted(assignment):
+            self._check(assignment, upload, part)
+            fault_point("admission.checked")
+        return assignment.run
+
+    def count_in(self, upload: UploadRecord, part: Path) -> DeltaReceipt:
+        """Make a checked upload durable and count it in, holding the run's lock. Idempotent.
+
+        Raises:
+            RefusedError: The delta is too stale by now.
+            StorageError: It could not be kept; nothing changed.
+        """
+        assignment = self._store.assignment(upload.assignment_id)
         receipt = DeltaReceipt(assignment_id=assignment.assignment_id)
-        if self.is_counted(assignment):
-            return receipt
-        self._check(assignment, upload, part)
-        fault_point("admission.checked")
         with self._locks.of(assignment.run):
             with self._store.reading():
                 assignment = self._store.assignment(assignment.assignment_id)
@@ -106,19 +120,36 @@ class Intake:
             if self.is_counted(assignment):
                 return receipt
             self._release_others(assignment)
-            with disk_errors("keeping an admitted delta"):
-                replace_durably(part, self._home.delta_file(assignment.assignment_id))
-            fault_point("admission.moved")
-            self._store.settle(
-                assignment.assignment_id,
-                AssignmentState.ADMITTED,
-                detail="",
-                now=self._clock.now(),
-                delta=upload.delta,
-                only_from=_OPEN,
-            )
-            fault_point("admission.recorded")
+            try:
+                self._keep(assignment, upload, part)
+            except FedraServerError:
+                self._put_back(assignment, part)
+                raise
         return receipt.model_copy(update={"staleness": lateness})
+
+    def _keep(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
+        with disk_errors("keeping an admitted delta"):
+            replace_durably(part, self._home.delta_file(assignment.assignment_id))
+        fault_point("admission.moved")
+        self._store.settle(
+            assignment.assignment_id,
+            AssignmentState.ADMITTED,
+            detail="",
+            now=self._clock.now(),
+            delta=upload.delta,
+            only_from=_OPEN,
+        )
+        fault_point("admission.recorded")
+
+    def _put_back(self, assignment: AssignmentRecord, part: Path) -> None:
+        """Let a delta that was moved and not recorded be an upload again, as far as it got."""
+        try:
+            is_open = self._store.assignment(assignment.assignment_id).state in _OPEN
+            if is_open and not part.exists():
+                with disk_errors("putting back a delta that could not be recorded"):
+                    replace_durably(self._home.delta_file(assignment.assignment_id), part)
+        except FedraServerError as error:
+            LOGGER.warning("delta %s must be sent again: %s", assignment.assignment_id, error)
 
     def _check(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
         """Run admission; a delta that fails it settles its assignment as refused."""

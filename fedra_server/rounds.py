@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -52,6 +52,7 @@ class WaitingDelta(HeldSlice):
     chance: float
     sha256: str
     admitted_at: float
+    client_id: ClientId
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,15 @@ def due_pieces(
 ) -> frozenset[str]:
     """Give the pieces that a merge takes now.
 
-    Synchronous: all that any delta holds; ``next_step`` says when. Buffered: those for which
-    ``buffer_size`` deltas wait, or one that has waited ``deadline_s``. The last merge of a run
-    leaves nothing behind. A delta from the future, as after the clock was set back, is due.
+    Synchronous: all that any delta holds; ``next_step`` says when. Buffered: those for which deltas
+    of ``buffer_size`` different clients wait, so that no quick one outruns the others alone, or one
+    that has waited ``deadline_s``. The last merge of a run leaves nothing behind. A delta from the
+    future, as after the clock was set back, is due.
     """
-    holders = Counter(piece for delta in waiting for piece in delta.pieces)
+    holders: defaultdict[str, set[ClientId]] = defaultdict(set)
+    for delta in waiting:
+        for piece in delta.pieces:
+            holders[piece].add(delta.client_id)
     if run.mode == "synchronous":
         return frozenset(holders)
     overdue = {
@@ -112,7 +117,7 @@ def due_pieces(
         if not delta.admitted_at <= now < delta.admitted_at + run.deadline_s
         for piece in delta.pieces
     }
-    full = {piece for piece, count in holders.items() if count >= run.buffer_size}
+    full = {piece for piece, clients in holders.items() if len(clients) >= run.buffer_size}
     return frozenset(holders if is_last and (full or overdue) else full | overdue)
 
 

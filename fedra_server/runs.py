@@ -81,7 +81,8 @@ class RunSpec(BaseModel):
     compute the pieces on clients without PyTorch, with adapters on this run's targets.
 
     ``mode``: ``synchronous`` merges a round's deltas together; ``buffered`` waits for nobody: a
-    piece merges when ``buffer_size`` deltas wait for it or the oldest has waited ``deadline_s``.
+    piece merges when deltas of ``buffer_size`` different clients wait for it or the oldest has
+    waited ``deadline_s``.
     A delta weighs ``(1 + staleness) ** -staleness_exponent`` as much (FedBuff, arXiv 2106.06639)
     and is refused beyond ``max_staleness``; None is 0 when synchronous and 20 when buffered.
     ``cohort_size`` None draws all that are there; else ``over_provisioning`` is the fraction
@@ -113,9 +114,9 @@ class RunSpec(BaseModel):
     @model_validator(mode="after")
     def _numbers_of_participants_agree(self) -> Self:
         if self.cohort_size is not None and self.cohort_size < self.min_participants:
-            raise ValueError("cohort_size must not be below min_participants")
+            raise ValueError("--cohort-size must not be below --min-participants")
         if self.cohort_size is None and self.over_provisioning:
-            raise ValueError("over_provisioning needs a cohort_size")
+            raise ValueError("--over-provisioning needs --cohort-size")
         return self
 
     @property

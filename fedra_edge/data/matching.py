@@ -110,7 +110,7 @@ def match_labels(
             report.add(problem, dataset.key_of(index))
     train, held_out = _split(dataset, tuple(usable))
     if not train:
-        raise _nothing_left(len(dataset), report, labels)
+        raise _nothing_left(dataset, ids, len(usable), report)
     _note_few_examples(report, labels, Counter(usable[index] for index in train))
     return MatchedDataset(dataset, train, held_out, usable, report, tokenizer)
 
@@ -177,10 +177,20 @@ def _note_few_examples(report: SkipReport, labels: Sequence[str], counts: Counte
             report.add("label has too few examples to learn much from", label)
 
 
-def _nothing_left(total: int, report: SkipReport, labels: Sequence[str]) -> DataError:
-    shown = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")  # noqa: PLR2004
+def _nothing_left(
+    dataset: LocalDataset, ids: Mapping[str, int], num_usable: int, report: SkipReport
+) -> DataError:
+    """Say why there is nothing to train on, with the remedies that its causes call for."""
+    total = len(dataset)
+    num_known = sum(dataset.label_of(index).strip() in ids for index in range(total))
+    remedies = []
+    if num_known < total or not total:
+        shown = ", ".join(list(ids)[:10]) + (", ..." if len(ids) > 10 else "")  # noqa: PLR2004
+        remedies.append(f"Name the classes as the model does: {shown}.")
+    if num_usable < num_known:
+        remedies.append("Give whole files that the user who runs the client may read.")
+    if num_usable:
+        remedies.append("Hold out fewer examples, so that some are left to train on.")
     found = f"none of the {total} local examples can be trained on" if total else "no example found"
-    return DataError(
-        f"{found}: {'; '.join(report)}" if report else found,
-        remedy=f"Name the classes as the model does: {shown}.",
-    )
+    told = f"{found}: {'; '.join(report)}" if report else found
+    return DataError(told, remedy=" ".join(remedies))

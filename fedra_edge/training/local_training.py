@@ -105,6 +105,7 @@ class LocalTraining(Generic[Entering]):
         self._engine.restore(stored)
         done, steps = stored.progress.steps, self._work.manifest.steps
         LOGGER.info("going on from a checkpoint, after step %d of %d", done, steps)
+        self._surroundings.on_resume(done, steps)
         return stored.progress
 
     def _heed_wishes(self, progress: Progress) -> None:

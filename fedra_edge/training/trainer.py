@@ -19,6 +19,9 @@ from fedra_edge.protocol.tensors import FloatArray, TensorInfo
 if TYPE_CHECKING:  # reading data loads an image library, which a trainer's users may not need
     from fedra_edge.data.matching import MatchedDataset
 
+OnResume = Callable[[int, int], None]
+"""Called with steps done and steps in all when training goes on from a checkpoint."""
+
 OnStep = Callable[[int, int, float], None]
 """Called after each optimizer step with steps done, steps in all, and the step's mean loss."""
 
@@ -88,6 +91,7 @@ class Surroundings:
     scratch_bytes: int
     checkpoint: Path | None = None
     is_to_rest: ShouldStop = lambda: False
+    on_resume: OnResume = lambda _done, _total: None
 
 
 @dataclass(frozen=True)

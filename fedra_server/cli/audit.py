@@ -30,11 +30,17 @@ def audit_home(
     if as_json:
         tell_json(report)
     else:
-        _tell(report)
+        _tell(report, revision)
     raise typer.Exit(ExitCode.OK if report.is_clean else ExitCode.AUDIT)
 
 
-def _tell(report: AuditReport) -> None:
+def _why_nothing(report: AuditReport, revision: int) -> str:
+    if any(it.pruned for it in report.runs):
+        return f"what revision {revision} was made of was pruned, so it cannot be computed again"
+    return f"revision {revision} could not be computed again"
+
+
+def _tell(report: AuditReport, revision: int | None) -> None:
     tell_table(
         ["RUN", "REVISIONS", "RECOMPUTED", "PRUNED", "DELTAS"],
         [[it.run, it.revisions, it.recomputed, it.pruned, it.deltas] for it in report.runs],
@@ -48,5 +54,7 @@ def _tell(report: AuditReport) -> None:
     for rule in report.broken:
         of_run = "" if rule.run is None else f"run {rule.run}, "
         typer.echo(printable(f"Broken: {of_run}{rule.what}: {rule.detail}"))
+    if revision is not None and not any(it.recomputed for it in report.runs):
+        typer.echo(f"Nothing was computed: {_why_nothing(report, revision)}")
     if report.is_clean:
         typer.echo(f"Clean: {report.blobs} blobs and all records are as they must be.")

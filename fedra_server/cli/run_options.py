@@ -41,7 +41,10 @@ ModeOption = Annotated[
     RunMode, typer.Option(help="synchronous: in rounds; buffered: merge as deltas come.")
 ]
 BufferSizeOption = Annotated[
-    int, typer.Option(help="Buffered: a piece merges once so many deltas wait for it.")
+    int,
+    typer.Option(
+        help="Buffered: a piece merges once deltas of so many different clients wait for it."
+    ),
 ]
 MaxStalenessOption = Annotated[
     int | None,
@@ -107,7 +110,7 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
     """Add the options, by their names, up to the run they define on a model.
 
     Raises:
-        typer.BadParameter: A value is out of range.
+        typer.BadParameter: A value is out of range, or an option would have no effect.
         ConfigurationError: A target is no linear module of the model's block, or the model
             has fewer layers than ``max_layers``.
     """
@@ -122,6 +125,9 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
         spec = RunSpec.model_validate({**_fields_of(RunSpec, chosen), **parts})
     except ValidationError as error:
         raise usage_error(error) from None
+    idle = _options_without_effect(spec)
+    if idle:
+        raise typer.BadParameter("; ".join(idle))
     try:
         model.layer_adapter_shapes(spec.adapter, LayerId(0))
     except ValueError as error:
@@ -132,6 +138,23 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
             remedy=f"Give at most {model.num_layers}, or leave --max-layers out.",
         )
     return spec
+
+
+def _options_without_effect(spec: RunSpec) -> list[str]:
+    """Name the options that were set and that the rest of the run leaves without any effect."""
+    optimizer, default = spec.server_optimizer, DEFAULT_OPTIMIZER
+    found = []
+    if spec.mode != "buffered" and spec.buffer_size != DEFAULT_RUN.buffer_size:
+        found.append("--buffer-size is of use only with --mode buffered")
+    if not optimizer.is_adaptive and (optimizer.tau, optimizer.beta2) != (
+        default.tau,
+        default.beta2,
+    ):
+        only = "--server-optimizer fedadam or fedyogi"
+        found.append(f"--server-tau and --server-beta2 are of use only with {only}")
+    if optimizer.kind == "fedavg" and optimizer.momentum != default.momentum:
+        found.append("--server-momentum is of no use with --server-optimizer fedavg")
+    return found
 
 
 def _server_optimizer(chosen: Mapping[str, Any]) -> dict[str, Any]:

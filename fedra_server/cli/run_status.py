@@ -24,7 +24,7 @@ def tell_report(report: RunReport) -> None:
     typer.echo(f"Latest revision: {report.revision}")
     typer.echo(f"Coverage per layer: {' '.join(str(count) for count in report.coverage)}")
     if report.round is not None:
-        _tell_round(report.round, is_over=report.state is RunState.STOPPED)
+        _tell_round(report, report.round)
     _tell_buffer(report)
     _tell_resting(report)
     _tell_waiting(report)
@@ -33,10 +33,14 @@ def tell_report(report: RunReport) -> None:
     _tell_clients(report)
 
 
-def _tell_round(current: OpenRoundReport, *, is_over: bool) -> None:
+def _tell_round(report: RunReport, current: OpenRoundReport) -> None:
     until = f"open until {format_time(current.deadline_at)}"
-    ended = "ended unpublished: the run was stopped"
-    typer.echo(f"\nRound {current.number}, {ended if is_over else until}")
+    is_synchronous = report.spec.mode == "synchronous"
+    if is_synchronous and current.deadline_at > current.opened_at + report.spec.deadline_s:
+        until += f", extended beyond {_due(report, current)} for want of deltas"
+    if report.state is RunState.STOPPED:
+        until = "ended unpublished: the run was stopped"
+    typer.echo(f"\nRound {current.number}, {until}")
     tell_table(
         ["CLIENT", "OF ROUND", "STATE", "LAYERS", "DEPTH", "STEPS", "PROMISE", "WHY"],
         [
@@ -56,6 +60,10 @@ def _tell_round(current: OpenRoundReport, *, is_over: bool) -> None:
     )
 
 
+def _due(report: RunReport, current: OpenRoundReport) -> str:
+    return format_time(current.opened_at + report.spec.deadline_s)
+
+
 def _mode(report: RunReport) -> str:
     """Say in a few words when deltas are merged, and how late ones may be."""
     spec = report.spec
@@ -63,7 +71,7 @@ def _mode(report: RunReport) -> str:
     if spec.over_provisioning:
         size += f" and {spec.over_provisioning:.0%} to spare"
     if spec.mode == "buffered":
-        size = f"{spec.buffer_size} deltas or {spec.deadline_s:g} s for each piece, {size}"
+        size = f"{spec.buffer_size} clients or {spec.deadline_s:g} s for each piece, {size}"
     optimizer = spec.server_optimizer.kind
     return f"{spec.mode}, {size}, staleness up to {spec.staleness_limit}, {optimizer}"
 

@@ -6,6 +6,7 @@ import logging
 
 from fedra_edge.protocol.ids import AssignmentId, UploadId
 from fedra_server.errors import FedraServerError, NotFoundError, NotPermittedError, RefusedError
+from fedra_server.http.receiving import part_size_bytes
 from fedra_server.http.services import Services
 from fedra_server.storage.durability import disk_errors
 from fedra_server.storage.records import UploadRecord
@@ -18,6 +19,7 @@ def discard(services: Services, upload: UploadRecord) -> None:
     with disk_errors("discarding an upload"):
         services.home.upload_part(upload.upload_id).unlink(missing_ok=True)
     services.store.remove_upload(upload.upload_id)
+    services.quota.release(upload.upload_id)
 
 
 def discard_dead_uploads(services: Services) -> None:
@@ -47,9 +49,14 @@ def discard_dead_uploads_of(services: Services, assignment_id: AssignmentId) -> 
 def _discard_if_dead(services: Services, upload: UploadRecord) -> None:
     """Leave alone what a request is receiving: it meets the refusal itself."""
     with services.receiving.hold(upload.assignment_id) as is_free:
-        if is_free and _is_dead(services, upload):
+        if not is_free:
+            return
+        if _is_dead(services, upload):
             logger.info("discarding what arrived of upload %s", upload.upload_id)
             discard(services, upload)
+        else:
+            arrived_bytes = part_size_bytes(services.home.upload_part(upload.upload_id))
+            services.quota.expect_rest(upload.upload_id, upload.delta.size_bytes - arrived_bytes)
 
 
 def _is_dead(services: Services, upload: UploadRecord) -> bool:

@@ -12,6 +12,7 @@ from fedra_edge.protocol.messages import Health
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server import __version__
 from fedra_server.errors import StorageError
+from fedra_server.expecting import largest_expected_bytes
 from fedra_server.http.mounting import mount
 from fedra_server.http.services import Services, ServicesHere
 
@@ -45,7 +46,7 @@ def ready(services: ServicesHere, response: Response) -> Health:
 
 def _find_fault(services: Services) -> str:
     try:
-        services.store.runs()
+        needed_bytes = largest_expected_bytes(services.store)
     except StorageError as error:
         logger.warning("not ready: %s", error)
         return "the database does not answer"
@@ -57,5 +58,7 @@ def _find_fault(services: Services) -> str:
         logger.warning("not ready: %s", error)
         return "the disk does not take files"
     free_bytes = services.free_bytes(services.home.uploads)
-    shortage = services.quota.shortage(free_bytes=free_bytes, now=services.clock.now())
-    return f"no deltas can be taken in: {shortage}" if shortage else ""
+    shortage = services.quota.shortage(
+        needed_bytes, free_bytes=free_bytes, now=services.clock.now()
+    )
+    return f"a delta of {needed_bytes} bytes cannot be taken in: {shortage}" if shortage else ""

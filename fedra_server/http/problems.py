@@ -20,6 +20,7 @@ from fedra_server.errors import (
     FedraServerError,
     NotAuthenticatedError,
     NotFoundError,
+    NotGrantedError,
     NotPermittedError,
     RefusedError,
     StorageFullError,
@@ -197,7 +198,8 @@ async def _answer_own_error(request: Request, error: Exception) -> Response:
     if code is ProblemCode.INTERNAL:
         return _answer_unexpected(request, error)
     headers = error.headers if isinstance(error, RefusedWithHeadersError) else None
-    logger.info("%s %s refused: %s: %s", request.method, request.url.path, code, error)
+    level = logging.DEBUG if isinstance(error, NotGrantedError) else logging.INFO
+    logger.log(level, "%s %s refused: %s: %s", request.method, request.url.path, code, error)
     return problem_response(code, str(error), remedy=error.remedy, headers=headers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, cast
 from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
+from fedra_edge.protocol.ids import RunId
 from fedra_server.clock import Clock, SystemClock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.coordinator import Coordinator
@@ -22,7 +24,7 @@ from fedra_server.storage.quotas import DiskQuota
 from fedra_server.storage.records import ClientRecord
 from fedra_server.storage.store import Store
 
-_MAX_ADMISSIONS_AT_ONCE = 2
+_MAX_CHECKS_AT_ONCE = 2
 _SIGNS = 20
 """How many signs of life are kept, at most, in the time after which a client counts as gone."""
 
@@ -47,9 +49,11 @@ class Services:
     changes: ChangeSignal = field(default_factory=ChangeSignal)
     enrolments: EnrolmentPace = field(default_factory=EnrolmentPace)
     receiving: Reservations = field(default_factory=Reservations)
-    admissions: CapacityLimiter = field(
-        default_factory=lambda: CapacityLimiter(_MAX_ADMISSIONS_AT_ONCE)
+    checks: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_MAX_CHECKS_AT_ONCE))
+    counting: defaultdict[RunId, CapacityLimiter] = field(
+        default_factory=lambda: defaultdict(lambda: CapacityLimiter(1))
     )
+    """For each run the one thread that may wait for its lock, so that no other run's waits."""
 
     def is_sign_due(self, client: ClientRecord) -> bool:
         """Tell whether a sign of life is worth keeping; one that came just before is enough."""

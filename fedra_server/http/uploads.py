@@ -8,8 +8,10 @@ announcing other bytes for it discards those that arrived before.
 from __future__ import annotations
 
 import secrets
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from anyio import to_thread
@@ -21,7 +23,7 @@ from fedra_edge.protocol import routes
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.digests import parse_digest
 from fedra_edge.protocol.fault_points import fault_point
-from fedra_edge.protocol.ids import UploadId
+from fedra_edge.protocol.ids import RunId, UploadId
 from fedra_edge.protocol.messages import DeltaReceipt, UploadStatus
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.wire import ByteCount, Token
@@ -164,7 +166,9 @@ async def append(
             return Response(status_code=204, headers=headers)
         if size_bytes < upload.delta.size_bytes:
             raise _offset_mismatch(services, upload, "bytes are missing before the end")
-        receipt = await to_thread.run_sync(_admit, services, upload, limiter=services.admissions)
+        run = await to_thread.run_sync(_check, services, upload, limiter=services.checks)
+        in_turn = services.counting[run]
+        receipt = await to_thread.run_sync(_count_in, services, upload, limiter=in_turn)
         headers = {routes.UPLOAD_COMPLETE_HEADER: complete}
         return JSONResponse(receipt.model_dump(mode="json"), headers=headers)
 
@@ -250,12 +254,27 @@ def _block_bytes(services: Services) -> int:
     return min(BLOCK_BYTES, _BLOCKS_BYTES // len(services.receiving))
 
 
-def _admit(services: Services, upload: UploadRecord) -> DeltaReceipt:
-    """Hand a complete delta over; the bytes of a refused one are discarded."""
-    part = services.home.upload_part(upload.upload_id)
+def _check(services: Services, upload: UploadRecord) -> RunId:
+    """Have a complete delta checked; tell its run."""
     fault_point("upload.complete")
+    with _discarding_refused(services, upload) as part:
+        return services.coordinator.intake.check(upload, part)
+
+
+def _count_in(services: Services, upload: UploadRecord) -> DeltaReceipt:
+    """Hand a checked delta over; this waits while a merge of its run must leave none behind."""
+    with _discarding_refused(services, upload) as part:
+        receipt = services.coordinator.intake.count_in(upload, part)
+    services.coordinator.wake()
+    return receipt
+
+
+@contextmanager
+def _discarding_refused(services: Services, upload: UploadRecord) -> Iterator[Path]:
+    """Give the file of a complete delta; when the block refuses it, its bytes are discarded."""
+    part = services.home.upload_part(upload.upload_id)
     try:
-        receipt = services.coordinator.intake.admit(upload, part)
+        yield part
     except RefusedError as error:
         if error.code is ProblemCode.DIGEST_MISMATCH:  # the sender may begin again
             part.unlink(missing_ok=True)
@@ -264,8 +283,6 @@ def _admit(services: Services, upload: UploadRecord) -> DeltaReceipt:
         raise
     finally:
         services.quota.release(upload.upload_id)
-    services.coordinator.wake()
-    return receipt
 
 
 def _own_upload(services: Services, client: ClientRecord, upload_id: str) -> UploadRecord:

@@ -149,10 +149,10 @@ class ProgressRecords(Database):
         with self.reading() as connection:
             return [AssignmentId(found) for found in connection.scalars(query)]
 
-    def setbacks(self, run: str) -> dict[ClientId, Setback]:
-        """Tell who failed in a run since it last delivered a delta, and how often."""
+    def setbacks(self, run: str, client_id: ClientId | None = None) -> dict[ClientId, Setback]:
+        """Tell who failed in a run since it last delivered a delta, or only whether one did."""
         with self.reading() as connection:
-            return find_setbacks(connection, run)
+            return find_setbacks(connection, run, client_id)
 
     def _clients(self, which: ColumnElement[bool]) -> set[ClientId]:
         with self.reading() as connection:
@@ -199,33 +199,44 @@ def find_merged(connection: Connection, run: str) -> dict[AssignmentId, int]:
     return {AssignmentId(found): revision for found, revision in connection.execute(query)}
 
 
-def find_setbacks(connection: Connection, run: str) -> dict[ClientId, Setback]:
-    """Read inside a transaction who failed since it last delivered."""
-    earlier = tables.assignments.alias()
-    delivered_at = (
-        select(func.max(earlier.c.settled_at))
-        .where(
-            earlier.c.run == run,
-            earlier.c.client_id == _ASSIGNMENTS.client_id,
-            earlier.c.state.in_(_DELIVERED),
-        )
-        .scalar_subquery()
+def find_setbacks(
+    connection: Connection, run: str, client_id: ClientId | None = None
+) -> dict[ClientId, Setback]:
+    """Read inside a transaction who failed since it last delivered, or whether one client did."""
+    is_failed = (_ASSIGNMENTS.run == run) & _ASSIGNMENTS.state.in_(_FAILED)
+    if client_id is not None:
+        is_failed &= _ASSIGNMENTS.client_id == client_id
+    other = tables.assignments.alias()
+    is_delivered = (
+        (other.c.run == run)
+        & (other.c.client_id == _ASSIGNMENTS.client_id)
+        & other.c.state.in_(_DELIVERED)
     )
-    query = (
-        select(_ASSIGNMENTS.client_id, _ASSIGNMENTS.settled_at, _ASSIGNMENTS.detail)
-        .where(
-            _ASSIGNMENTS.run == run,
-            _ASSIGNMENTS.state.in_(_FAILED),
-            _ASSIGNMENTS.settled_at > func.coalesce(delivered_at, 0),
-        )
-        .order_by(_ASSIGNMENTS.settled_at)
+    delivered_at = select(func.max(other.c.settled_at)).where(is_delivered).scalar_subquery()
+    last = (  # looked up once for each client, however often it failed
+        select(_ASSIGNMENTS.client_id, func.coalesce(delivered_at, 0).label("delivered_at"))
+        .where(is_failed)
+        .group_by(_ASSIGNMENTS.client_id)
+        .subquery()
     )
-    setbacks: dict[ClientId, Setback] = {}
-    for client_id, failed_at, detail in connection.execute(query):
-        before = setbacks.get(client_id)
-        failures = before.failures + 1 if before else 1
-        setbacks[ClientId(client_id)] = Setback(ClientId(client_id), failures, failed_at, detail)
-    return setbacks
+    newest_first = (_ASSIGNMENTS.settled_at.desc(), _ASSIGNMENTS.assignment_id.desc())
+    ranked = (
+        select(
+            _ASSIGNMENTS.client_id,
+            func.count().over(partition_by=_ASSIGNMENTS.client_id).label("failures"),
+            _ASSIGNMENTS.settled_at,
+            _ASSIGNMENTS.detail,
+            func.row_number()
+            .over(partition_by=_ASSIGNMENTS.client_id, order_by=newest_first)
+            .label("place"),
+        )
+        .join(last, last.c.client_id == _ASSIGNMENTS.client_id)
+        .where(is_failed, _ASSIGNMENTS.settled_at > last.c.delivered_at)
+        .subquery()
+    )
+    newest = select(ranked).where(ranked.c.place == 1).order_by(ranked.c.settled_at)
+    found = (Setback(ClientId(row[0]), *row[1:4]) for row in connection.execute(newest))
+    return {setback.client_id: setback for setback in found}
 
 
 def _rows(
@@ -234,6 +245,7 @@ def _rows(
     query = (
         select(
             _ASSIGNMENTS.assignment_id,
+            _ASSIGNMENTS.client_id,
             _ASSIGNMENTS.manifest,
             _ASSIGNMENTS.delta,
             _ASSIGNMENTS.chance,
@@ -268,4 +280,5 @@ def _waiting(row: AnyRow, merged: set[str]) -> WaitingDelta:
         chance=row.chance,
         sha256=delta.sha256,
         admitted_at=row.settled_at,
+        client_id=ClientId(row.client_id),
     )

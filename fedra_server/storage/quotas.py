@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from typing import Final
 
 from fedra_edge.protocol.ids import UploadId
 from fedra_server.config import ServerHome
-from fedra_server.errors import StorageFullError
+from fedra_server.errors import NotGrantedError
+
+LOGGER = logging.getLogger(__name__)
 
 SPARE_BYTES: Final = 16 * 2**20
 """Space that uploads leave free, so that what is held can be finished and recorded."""
 _MEASURED_AGAIN_S: Final = 60.0
 _DOUBTED_AFTER_S: Final = 1.0
 _FORGOTTEN_S: Final = 600.0
-"""Who says nothing of an upload for so long has no claim to space; coming back, it has again."""
+"""Who says nothing of an upload for so long has no claim to the disk; coming back, it has again."""
 _REMEDY: Final = (
     "Ask the operator to free disk space, with 'fedra-server prune' for example, or to raise "
     "max_disk_bytes in the server's settings; the client tries again by itself."
@@ -63,6 +66,8 @@ class DiskQuota:
 
     What is granted is taken at once, so that uploads announced together cannot exceed what each
     of them alone would keep to. Results of merging are never refused; they count all the same.
+    What has begun counts towards the limit until it is complete or discarded, heard of or not,
+    because it will be finished.
     """
 
     def __init__(self, home: ServerHome, limit_bytes: int | None) -> None:
@@ -73,6 +78,7 @@ class DiskQuota:
         self._used_bytes = 0
         self._measured_at = float("-inf")
         self._awaited: dict[UploadId, tuple[int, float]] = {}
+        self._refused_bytes = 0
 
     def grant(
         self, upload_id: UploadId, size_bytes: int, *, free_bytes: int, now: float, is_begun: bool
@@ -82,16 +88,26 @@ class DiskQuota:
         One that has begun is held to the disk only, not to the limit, so that it is finished.
 
         Raises:
-            StorageFullError: There is not so much space.
+            NotGrantedError: There is not so much space.
         """
         self.release(upload_id)
-        shortage = self._disk_shortage(size_bytes, free_bytes)
+        self._forget_silent(now)
+        shortage = self._disk_shortage(size_bytes, free_bytes, now)
         if not shortage and not is_begun:
             shortage = self._limit_shortage(size_bytes, now)
         if shortage:
-            raise StorageFullError(f"no space for {size_bytes} bytes: {shortage}", remedy=_REMEDY)
+            if is_begun:
+                self.expect_rest(upload_id, size_bytes)
+            self._tell_refused(size_bytes, shortage)
+            raise NotGrantedError(f"no space for {size_bytes} bytes: {shortage}", remedy=_REMEDY)
+        self._tell_taken_again(free_bytes, now)
         with self._lock:
             self._awaited[upload_id] = (size_bytes, now)
+
+    def expect_rest(self, upload_id: UploadId, size_bytes: int) -> None:
+        """Count towards the limit what is to come of an upload that began and is silent."""
+        with self._lock:
+            self._awaited.setdefault(upload_id, (size_bytes, float("-inf")))
 
     def note_arrived(self, upload_id: UploadId, arrived_bytes: int, now: float) -> None:
         """Count what came of an upload as used and no longer as awaited."""
@@ -106,12 +122,34 @@ class DiskQuota:
         with self._lock:
             self._awaited.pop(upload_id, None)
 
-    def shortage(self, *, free_bytes: int, now: float) -> str:
-        """Say why even a small upload would be refused; empty when it would not."""
-        return self._disk_shortage(1, free_bytes) or self._limit_shortage(1, now)
+    def shortage(self, size_bytes: int = 1, *, free_bytes: int, now: float) -> str:
+        """Say why a new upload of this size would be refused; empty when it would not."""
+        self._forget_silent(now)
+        of_disk = self._disk_shortage(size_bytes, free_bytes, now)
+        return of_disk or self._limit_shortage(size_bytes, now)
 
-    def _disk_shortage(self, size_bytes: int, free_bytes: int) -> str:
-        left_bytes = free_bytes - self._awaited_bytes()
+    def _tell_refused(self, size_bytes: int, shortage: str) -> None:
+        """Tell the operator when refusing begins, not of each refusal."""
+        with self._lock:
+            is_first = self._refused_bytes == 0
+            self._refused_bytes = max(self._refused_bytes, size_bytes)
+        if is_first:
+            LOGGER.warning("deltas are refused for want of space: %s. %s", shortage, _REMEDY)
+
+    def _tell_taken_again(self, free_bytes: int, now: float) -> None:
+        """Tell the operator once what was refused would be taken."""
+        refused_bytes = self._refused_bytes
+        if refused_bytes and not self.shortage(refused_bytes, free_bytes=free_bytes, now=now):
+            with self._lock:
+                has_ended, self._refused_bytes = self._refused_bytes == refused_bytes, 0
+            if has_ended:
+                LOGGER.info("deltas are taken in again")
+
+    def _disk_shortage(self, size_bytes: int, free_bytes: int, now: float) -> str:
+        with self._lock:
+            claims = self._awaited.values()
+            awaited_bytes = sum(awaited for awaited, at in claims if not _is_silent(at, now))
+        left_bytes = free_bytes - awaited_bytes
         is_short = size_bytes > left_bytes - SPARE_BYTES
         return f"the disk has {max(0, left_bytes)} left" if is_short else ""
 
@@ -131,8 +169,16 @@ class DiskQuota:
         with self._lock:
             return sum(size_bytes for size_bytes, _ in self._awaited.values())
 
+    def _forget_silent(self, now: float) -> None:
+        """Forget the uploads that nobody speaks of and of which nothing is here."""
+        with self._lock:
+            silent = [it for it, (_, at) in self._awaited.items() if _is_silent(at, now)]
+            for upload_id in silent:
+                if not self._home.upload_part(upload_id).exists():
+                    del self._awaited[upload_id]
+
     def _measure(self, now: float, trusted_s: float) -> None:
-        """Measure anew what is older than ``trusted_s``, and forget who fell silent."""
+        """Measure anew what is older than ``trusted_s``."""
         with self._measuring:
             if 0 <= now - self._measured_at < trusted_s:
                 return
@@ -140,9 +186,10 @@ class DiskQuota:
             self._measured_at = now
         with self._lock:
             self._used_bytes = used_bytes
-            silent = [it for it, (_, at) in self._awaited.items() if now - at >= _FORGOTTEN_S]
-            for upload_id in silent:
-                del self._awaited[upload_id]
+
+
+def _is_silent(at: float, now: float) -> bool:
+    return not 0 <= now - at < _FORGOTTEN_S
 
 
 def _size_bytes(entry: os.DirEntry[str]) -> int:

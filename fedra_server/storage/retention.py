@@ -62,7 +62,8 @@ class Retention(Database):
     ) -> Iterator[tuple[str, bool]]:
         """Give the id of every assignment, and whether a delta file of it is still needed.
 
-        It is not once it was refused before a moment, or is merged and let go.
+        It is not once it was refused before a moment, or is merged, and what was merged of it is
+        let go.
         """
         merged_last = (
             select(func.max(tables.merges.c.revision))
@@ -72,6 +73,7 @@ class Retention(Database):
         is_refused = and_(
             _ASSIGNMENTS.state == AssignmentState.REFUSED.value,
             _ASSIGNMENTS.settled_at < refused_before,
+            func.coalesce(merged_last, 0) <= _pruned_through(planned),
         )
         is_let_go = and_(
             _ASSIGNMENTS.state == AssignmentState.MERGED.value,

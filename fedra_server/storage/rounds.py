@@ -166,6 +166,9 @@ class RoundRecords(Database):
         """Let everybody go who is at work on a run; tell how many there were."""
         pending = (_ASSIGNMENTS.run == run) & (_ASSIGNMENTS.state == AssignmentState.PENDING.value)
         values = {"state": AssignmentState.EXPIRED.value, "detail": detail, "settled_at": now}
+        with self.reading() as connection:
+            if not connection.scalar(select(exists().where(pending))):
+                return 0
         with self.writing() as connection:
             _lock_run(connection, run)
             change = update(tables.assignments).where(pending).values(values)

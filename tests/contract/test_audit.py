@@ -226,6 +226,13 @@ def test_a_deleted_delta_is_found(place: ServerHome) -> None:
     assert report.difference is None
 
 
+def test_what_is_missing_is_told_in_plain_words(place: ServerHome) -> None:
+    gone = place.delta_file(merged_delta(place, 2))
+    gone.unlink()
+    [told] = [it.detail for it in audited(place).broken if it.what == "revision 2"]
+    assert told == f"it cannot be computed again: {gone.name}: no such file or directory"
+
+
 def test_what_was_pruned_is_said_and_is_no_damage(place: ServerHome) -> None:
     for number in (1, 2):
         place.delta_file(merged_delta(place, number)).unlink()
@@ -233,6 +240,8 @@ def test_what_was_pruned_is_said_and_is_no_damage(place: ServerHome) -> None:
     report = audited(place)
     assert report.is_clean, report.broken
     assert (report.runs[0].recomputed, report.runs[0].pruned) == (1, 3)
+    told = run_server_command("audit", "--revision", "2", "--home", str(place.path)).stdout
+    assert "Nothing was computed: what revision 2 was made of was pruned" in told
 
 
 @pytest.mark.parametrize(
@@ -242,6 +251,7 @@ def test_what_was_pruned_is_said_and_is_no_damage(place: ServerHome) -> None:
         ("DELETE FROM revisions WHERE number = 1", "revisions", "gaps"),
         ("UPDATE assignments SET state = 'admitted' WHERE round_number = 2", "delta ", "waits"),
         ("UPDATE assignments SET state = 'expired' WHERE round_number = 2", "delta ", "expired"),
+        ("UPDATE assignments SET state = 'refused' WHERE round_number = 2", "delta ", "refused"),
         ("UPDATE rounds SET published_at = NULL WHERE number = 3", "round 3", "open"),
         ("UPDATE revisions SET versions = '[9,9,9,9,9]' WHERE number = 2", "revision 2", "version"),
         ("UPDATE merges SET staleness = 1 WHERE revision = 2", "delta ", "staleness 1"),

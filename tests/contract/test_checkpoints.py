@@ -72,6 +72,7 @@ class Machine:
         self.file = file
         self.data = noise_data()
         self.steps_taken: list[int] = []
+        self.resumed: list[tuple[int, int]] = []
 
     def train(self, *, stop_after: int = STEPS, dead_after: int = STEPS) -> TrainedSlice:
         def on_step(done: int, *_: object) -> None:
@@ -84,7 +85,12 @@ class Machine:
 
         room = room_for(self.work, on_step=on_step, should_stop=lambda: is_asked() and not paused)
         paused = dead_after < STEPS  # rests there, which leaves a checkpoint, and loses power later
-        surroundings = replace(room, checkpoint=self.file, is_to_rest=is_asked)
+        surroundings = replace(
+            room,
+            checkpoint=self.file,
+            is_to_rest=is_asked,
+            on_resume=lambda done, total: self.resumed.append((done, total)),
+        )
         return self.trainer.train(self.work, self.data, surroundings)
 
     def stop(self, after: int) -> None:
@@ -179,6 +185,7 @@ def test_going_on_is_told(
     with caplog.at_level(logging.INFO):
         machine.train()
     assert f"going on from a checkpoint, after step 2 of {STEPS}" in caplog.text
+    assert machine.resumed == [(2, STEPS)]
 
 
 def test_a_quick_training_writes_nothing(workshop: Workshop, tmp_path: Path) -> None:

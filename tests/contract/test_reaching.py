@@ -24,6 +24,7 @@ from tests.support.builders import make_profile
 from tests.support.headquarters import Headquarters
 from tests.support.tls_front import TlsFront, tls_front
 from tests.support.web_proxy import web_proxy
+from tests.support.wire_server import unused_port
 
 DATA = bytes(range(256)) * 8192
 
@@ -64,13 +65,19 @@ def test_the_authority_may_come_from_the_environment(
     assert health(front.url) == "ok"
 
 
-@pytest.mark.parametrize("content", [None, b"no certificate"])
-def test_an_authority_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), (b"no certificate", "holds no certificate"), (b"", "no certificate")],
+)
+def test_an_authority_that_cannot_be_read_is_told(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
     file = tmp_path / "ca.pem"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigurationError) as failure:
+    with pytest.raises(ConfigurationError, match=reason) as failure:
         open_http_client("https://127.0.0.1:1", Link(ca_file=str(file)))
+    assert str(file) in str(failure.value)
     assert "--ca-file" in failure.value.remedy
 
 
@@ -94,6 +101,23 @@ def test_a_proxy_that_refuses_us_is_told(hq: Headquarters, front: TlsFront, kind
         with pytest.raises(ServerUnreachableError, match="407") as failure:
             health(url, Link(proxy=stranger, ca_file=str(front.ca_file)))
     assert "--proxy" in failure.value.remedy
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_is_not_there_is_named_without_its_password(scheme: str) -> None:
+    place = f"127.0.0.1:{unused_port()}"
+    with pytest.raises(ServerUnreachableError) as failure:
+        health(f"{scheme}://plant.example", Link(proxy=f"http://plant:secret@{place}"))
+    assert f"the proxy {place} cannot be reached" in str(failure.value)
+    assert "--proxy" in failure.value.remedy
+    assert "secret" not in f"{failure.value}{failure.value.remedy}"
+
+
+def test_a_server_that_is_not_there_is_not_blamed_on_the_proxy() -> None:
+    with web_proxy() as proxy, pytest.raises(ServerUnreachableError) as failure:
+        health(f"https://127.0.0.1:{unused_port()}", Link(proxy=proxy.url))
+    place = proxy.url.removeprefix("http://")
+    assert str(failure.value).startswith(f"the server, over the proxy {place}, cannot be reached")
 
 
 def test_a_proxy_of_the_environment_is_used_but_for_exceptions(

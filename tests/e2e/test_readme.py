@@ -92,7 +92,8 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk.close()
 
 
-def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
+def serve_and_join(desk: Desk) -> None:
+    """Do what the README says at headquarters, and at three sites."""
     *prepare, serve = commands(0)
     for words in prepare:
         desk.run(words)
@@ -108,9 +109,13 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     desk.start([*second_site, "--home", "second-home"])
 
     copy, join_with_stick = commands(7)
-    shutil.copytree(*(desk.path / name for name in copy[-2:]))
+    blobs, stick = copy[-2:]
+    shutil.copytree(desk.path / blobs, desk.path / stick)
     desk.start(join_with_stick)
 
+
+def take_the_result_home(desk: Desk) -> None:
+    """Wait for the end of the run, audit it and use what it has made."""
     status, audit, export, evaluate, predict = commands(3)
 
     def is_over() -> bool:
@@ -126,6 +131,10 @@ def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     rows = (desk.path / "told.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + len(list((desk.path / "images").rglob("*.png")))
 
+
+def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
+    serve_and_join(desk)
+    take_the_result_home(desk)
     for words in (*commands(2), *commands(8)):
         desk.run(words)
 

@@ -156,6 +156,14 @@ class HomeOverTime(RuleBasedStateMachine):
                 connection.execute(insert(tables.merges).values(merge_values(row)))
             self.expected.merged_into[name] = number
 
+    @rule()
+    def refuse_what_is_merged_in_part(self) -> None:
+        """Its file was found damaged, and may be brought back."""
+        for name in sorted(self.expected.deltas & self.expected.merged_into.keys())[-1:]:
+            change = update(tables.assignments).where(tables.assignments.c.assignment_id == name)
+            with self.store.writing() as connection:
+                connection.execute(change.values(state="refused", settled_at=1.0))
+
     @rule(keep=st.integers(1, 3))
     def prune(self, keep: int) -> None:
         planned = self.collector.find(self.store.cut_keeping(RUN, keep)).as_collected()
@@ -210,3 +218,17 @@ def test_a_cut_never_goes_back(tmp_path: Path) -> None:
             store.make_cut("unknown", 1)
     finally:
         store.close()
+
+
+def test_a_refused_delta_stays_as_long_as_what_was_merged_of_it() -> None:
+    home = HomeOverTime()
+    home.make_home()
+    try:
+        home.publish([1], is_merged=True)
+        home.refuse_what_is_merged_in_part()
+        home.collect_old()
+        home.publish([2], is_merged=False)
+        home.prune(keep=1)
+        home.collect_old()
+    finally:
+        home.teardown()

@@ -124,6 +124,7 @@ class Held:
 
     pieces: frozenset[str]
     admitted_at: float
+    client_id: ClientId
     merged: list[str] = field(default_factory=list)
 
 
@@ -146,17 +147,27 @@ class Merging(RuleBasedStateMachine):
     def waiting(self) -> list[WaitingDelta]:
         return [
             WaitingDelta(
-                name, 0, tuple(sorted(held.pieces - set(held.merged))), 1, 1.0, "", held.admitted_at
+                name,
+                0,
+                tuple(sorted(held.pieces - set(held.merged))),
+                1,
+                1.0,
+                "",
+                held.admitted_at,
+                held.client_id,
             )
             for name, held in self.deltas.items()
             if held.pieces - set(held.merged)
         ]
 
     @precondition(lambda self: not self.is_over)
-    @rule(layers=st.sets(st.sampled_from(PIECES[:-1]), min_size=1))
-    def deliver(self, layers: set[str]) -> None:
+    @rule(
+        layers=st.sets(st.sampled_from(PIECES[:-1]), min_size=1),
+        client=st.sampled_from(["quick", "one", "two", "three"]),
+    )
+    def deliver(self, layers: set[str], client: str) -> None:
         name = AssignmentId(f"delta-{len(self.deltas)}")
-        self.deltas[name] = Held(frozenset({*layers, HEAD}), self.now)
+        self.deltas[name] = Held(frozenset({*layers, HEAD}), self.now, ClientId(client))
         self.look()
 
     @precondition(lambda self: not self.is_over)
@@ -192,7 +203,8 @@ class Merging(RuleBasedStateMachine):
 
     @invariant()
     def nothing_waits_longer_than_it_may(self) -> None:
-        counts = Counter(piece for delta in self.waiting for piece in delta.pieces)
+        pairs = {(piece, delta.client_id) for delta in self.waiting for piece in delta.pieces}
+        counts = Counter(piece for piece, _ in pairs)
         assert all(count < self.run.buffer_size for count in counts.values())
         assert all(self.now - delta.admitted_at < DEADLINE_S for delta in self.waiting)
 
@@ -215,7 +227,9 @@ def test_a_synchronous_merge_takes_all_that_is_held_and_nothing_else(
     held: list[set[str]], is_last: bool
 ) -> None:
     waiting = [
-        WaitingDelta(AssignmentId(str(index)), 0, tuple(pieces), 1, 1.0, "", 1000.0)
+        WaitingDelta(
+            AssignmentId(str(index)), 0, tuple(pieces), 1, 1.0, "", 1000.0, ClientId("client")
+        )
         for index, pieces in enumerate(held)
     ]
     due = due_pieces(waiting, make_run_spec(), now=1000.0, is_last=is_last)
@@ -224,6 +238,6 @@ def test_a_synchronous_merge_takes_all_that_is_held_and_nothing_else(
 
 def test_a_delta_from_the_future_does_not_wait_for_it() -> None:
     run = make_run_spec(mode="buffered", buffer_size=9, deadline_s=DEADLINE_S)
-    delta = WaitingDelta(AssignmentId("a"), 0, (HEAD,), 1, 1.0, "", 5000.0)
+    delta = WaitingDelta(AssignmentId("a"), 0, (HEAD,), 1, 1.0, "", 5000.0, ClientId("client"))
     assert due_pieces([delta], run, now=1000.0, is_last=False) == {HEAD}
     assert not due_pieces([delta], run, now=5000.0, is_last=False)

@@ -19,9 +19,7 @@ def read_adapters(store: Store, blobs: BlobStore, run: str, number: int) -> dict
     return tensors
 
 
-def check_revision(
-    store: Store, blobs: BlobStore, home: ServerHome, run: str, number: int
-) -> None:
+def check_revision(store: Store, blobs: BlobStore, home: ServerHome, run: str, number: int) -> None:
     """Check that a revision is its base plus the weighted means of the deltas of its merges."""
     base = read_adapters(store, blobs, run, number - 1)
     found = read_adapters(store, blobs, run, number)

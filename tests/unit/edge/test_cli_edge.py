@@ -124,6 +124,7 @@ def test_https_to_a_server_of_plain_http_says_so(hq: Headquarters, tmp_path: Pat
     [
         (["join", "--server", "plant", "--data", "x"], "no server address"),
         (["join", "--server", "http://plant"], "no local data"),
+        (["join", "--server", "http://plant"], "--data"),
         (["status"], "no client is enrolled"),
     ],
 )

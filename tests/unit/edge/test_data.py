@@ -184,6 +184,21 @@ def test_nothing_left_is_an_error_that_names_the_reasons() -> None:
         match_labels(ArrayDataset(["cat"], [True]), ["cat"])
 
 
+def test_the_remedy_fits_what_left_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "text.png").write_text("not an image")
+    with pytest.raises(DataError, match="unreadable image") as caught:
+        match_labels(ImageFolder(tmp_path), ["cat"])
+    assert caught.value.remedy == "Give whole files that the user who runs the client may read."
+    save_image(tmp_path / "Cat " / "1.png")
+    with pytest.raises(DataError, match="unreadable image") as caught:
+        match_labels(ImageFolder(tmp_path), ["cat"])
+    assert "Name the classes as the model does: cat. Give whole files" in caught.value.remedy
+    with pytest.raises(DataError) as caught:
+        match_labels(ArrayDataset(["cat"], [True]), ["cat"])
+    assert caught.value.remedy.startswith("Hold out fewer")
+
+
 def test_two_equal_labels_of_the_model_are_refused() -> None:
     with pytest.raises(DataError, match="same name"):
         match_labels(ArrayDataset(["cat"]), ["cat", "cat "])

@@ -103,3 +103,18 @@ def test_a_refused_delta_ends_its_assignment(tmp_path: Path, failure: Reply) -> 
     assert server.failures == ["the delta was refused: because of delta-conflict"]
     assert (config.outbox / "refused" / "a1.safetensors").read_bytes() == DELTA
     assert f"GET {routes.ASSIGNMENT.path}" in server.asked
+
+
+def test_a_refused_delta_that_cannot_be_moved_away_does_not_end_the_client(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> Reply:
+        (manifest,) = tmp_path.rglob("a1.json")
+        (manifest.parent / "refused").write_bytes(b"in the way")
+        return Reply.problem(ProblemCode.DELTA_CONFLICT, 409)
+
+    server = ScriptedServer(refuse, Reply(204))
+    config = take_part(server, tmp_path)
+    assert f"GET {routes.ASSIGNMENT.path}" in server.asked
+    assert "the delta of a1 stays in the outbox" in caplog.text
+    assert Outbox(config.outbox).num_waiting == 1

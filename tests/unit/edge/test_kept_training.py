@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class KeepingTrainer(CountingTrainer):
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_bytes(work.manifest.assignment_id.encode())
         self.rooms.append(surroundings)
+        if self.found[-1]:
+            surroundings.on_resume(3, work.manifest.steps)
         return super().train(work, data, surroundings)
 
 
@@ -108,8 +111,16 @@ def test_a_stopped_client_comes_back_to_its_assignment_and_finds_what_it_kept(
     assert kept(config) == trainer.interrupted == [assignment.assignment_id]
 
     trainer.before_step = lambda _: None
-    with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as again:
+    shown: list[str] = []
+    again = EdgeClient(
+        config,
+        dataset=MemoryDataset(),
+        trainer=trainer,
+        on_progress=lambda progress: shown.append(progress.detail),
+    )
+    with again:
         assert again.wait(PATIENCE_S)
+    assert any("going on after step 3 of" in detail for detail in shown)
     assert trainer.found == [False, True]
     assert trainer.trained == [assignment.assignment_id]
     assert kept(config) == []
@@ -128,18 +139,28 @@ def test_a_pause_is_a_moment_to_keep_what_was_reached(
         assert not trainer.rooms[0].is_to_rest()
 
 
-def test_nothing_is_kept_of_what_nobody_wants_any_more(
-    hq: Headquarters, run: RunId, tmp_path: Path
+def test_nothing_is_kept_of_what_nobody_wants_any_more_and_that_is_told(
+    hq: Headquarters, run: RunId, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    shown: list[str] = []
     config, trainer = settings(hq, tmp_path, run), KeepingTrainer(before_step=dawdle)
     store = hq.services.store
-    with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as client:
+    client = EdgeClient(
+        config,
+        dataset=MemoryDataset(),
+        trainer=trainer,
+        on_progress=lambda progress: shown.append(progress.detail),
+    )
+    with client:
         eventually(lambda: client.status.steps_done > 2)
         [assignment] = store.assignments(run)
         now = hq.services.clock.now()
         store.settle(assignment.assignment_id, AssignmentState.EXPIRED, "test", now)
         eventually(lambda: trainer.interrupted)
         eventually(lambda: assignment.assignment_id not in kept(config))
+    assert any("no longer waits for this slice" in detail for detail in shown)
+    told = [record for record in caplog.records if "no longer waits" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.WARNING] * len(trainer.interrupted)
 
 
 def test_nothing_is_kept_of_what_failed(hq: Headquarters, run: RunId, tmp_path: Path) -> None:

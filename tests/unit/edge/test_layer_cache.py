@@ -272,3 +272,17 @@ def test_bytes_are_metered_as_they_come(tmp_path: Path, shelf: Shelf) -> None:
     cache.fetch_all(refs)
     assert totals == [KIB, 2 * KIB]
     assert sum(counted) == 3 * KIB
+
+
+def test_the_cache_gives_way_but_keeps_what_is_held(tmp_path: Path, shelf: Shelf) -> None:
+    cache = make_cache(tmp_path, shelf, quota_bytes=100 * KIB)
+    refs = [shelf.add(letter) for letter in "abc"]
+    paths = [cache.path(ref) for ref in refs]
+    with cache.holding():
+        cache.path(refs[0])
+        assert cache.give_way(1)
+        assert [path.exists() for path in paths] == [True, False, True]
+        assert cache.give_way(2 * KIB)
+        assert not cache.give_way(1)
+    assert [path.exists() for path in paths] == [True, False, False]
+    assert cache.used_bytes == KIB

@@ -73,6 +73,29 @@ def test_a_damaged_delta_is_set_aside_and_the_others_go_on(
     assert (tmp_path / "damaged" / victim).read_bytes() == content
 
 
+def test_a_damaged_delta_that_cannot_be_set_aside_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outbox = Outbox(tmp_path)
+    put(outbox, "a1")
+    put(outbox, "a2")
+    (tmp_path / "a1.safetensors").write_bytes(b"tensorz")
+    (tmp_path / "damaged").write_bytes(b"in the way")
+    assert [parcel.manifest.id for parcel in outbox.parcels()] == ["a2"]
+    assert "a1 is left alone" in caplog.text
+    assert (tmp_path / "a1.json").exists()
+
+
+def test_tensors_whose_manifest_was_not_written_do_not_take_space_twice(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    (tmp_path / "a1.json.new").mkdir()
+    with pytest.raises(StorageError):
+        put(outbox, "a1")
+    (tmp_path / "a1.json.new").rmdir()
+    put(outbox, "a2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a2.json", "a2.safetensors"]
+
+
 def test_a_manifest_without_its_tensors_is_set_aside(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     put(outbox, "a1").file.unlink()

@@ -6,21 +6,25 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from typing_extensions import override
 
 from fedra_edge.client import EdgeClient
 from fedra_edge.config import EdgeConfig, load_config
-from fedra_edge.errors import DataError, NotAuthenticatedError, NotFoundError
+from fedra_edge.errors import DataError, NotAuthenticatedError, NotFoundError, SliceError
 from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Outbox
 from fedra_edge.progress import ClientProgress, Phase
 from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
 from fedra_edge.protocol.messages import EnrolReceipt, RejoinRequest
+from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
+from fedra_edge.training.trainer import BlockCost, GraphFiles, UsableMemory
 from fedra_server.config import ServerConfig
 from fedra_server.runs import AssignmentState
 from tests.support.builders import make_training_report
@@ -137,6 +141,36 @@ def test_training_that_fails_is_told_and_the_client_goes_on(
     assert client.status.rounds_contributed == 1
 
 
+@dataclass
+class UnwellTrainer(CountingTrainer):
+    """Cannot measure a block at first."""
+
+    @override
+    def calibrate(
+        self, spec: ModelSpec, usable_memory: UsableMemory, graphs: GraphFiles | None = None
+    ) -> BlockCost:
+        cost = super().calibrate(spec, usable_memory, graphs)
+        if len(self.calibrated) == 1:
+            raise SliceError("the block does not fit", remedy="Free memory.")
+        return cost
+
+
+def test_a_calibration_that_fails_is_shown_and_tried_again(
+    hq: Headquarters, run: RunId, tmp_path: Path
+) -> None:
+    shown: list[str] = []
+    client = EdgeClient(
+        settings(hq, tmp_path, run),
+        dataset=MemoryDataset(),
+        trainer=UnwellTrainer(),
+        on_progress=lambda progress: shown.append(progress.detail),
+    )
+    with client:
+        assert client.wait(PATIENCE_S)
+    assert any("the block does not fit (Free memory.)" in detail for detail in shown)
+    assert client.status.rounds_contributed == 2
+
+
 def test_a_full_disk_is_told_and_the_round_goes_on_when_there_is_space(
     hq: Headquarters, tmp_path: Path
 ) -> None:
@@ -152,6 +186,55 @@ def test_a_full_disk_is_told_and_the_round_goes_on_when_there_is_space(
                 assert client.error is None
                 filler.unlink()
                 eventually(lambda: client.status.rounds_contributed == 1)
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_a_finished_delta_outlives_a_full_disk(
+    hq: Headquarters, tmp_path: Path, has_cache: bool
+) -> None:
+    with small_disk(tmp_path / "disk", size_bytes=400_000) as disk:
+        fillers: list[Path] = []
+
+        def fill_disk() -> None:
+            for path in () if has_cache else (disk / "home").rglob("blobs/*/*"):
+                path.unlink()
+            fillers.append(fill(disk))
+
+        trainer = CountingTrainer(when_trained=fill_disk)
+        config = settings(hq, disk / "home", None)
+        with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as client:
+            eventually(lambda: client.status.client_id is not None)
+            name = f"run-{next(_NUMBERS)}"
+            with hq.run(name, rounds=1, min_participants=1) as record:
+                if not has_cache:
+                    eventually(lambda: client.status.detail.endswith("waits for disk space"))
+                    fillers[0].unlink()
+                eventually(lambda: client.status.rounds_contributed == 1)
+                assert failures(hq, record.run) == []
+                assert len(trainer.trained) == 1
+
+
+def test_who_stops_while_a_delta_waits_for_space_is_not_held(
+    hq: Headquarters, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", size_bytes=400_000) as disk:
+
+        def fill_disk() -> None:
+            for path in (disk / "home").rglob("blobs/*/*"):
+                path.unlink()
+            fill(disk)
+
+        trainer = CountingTrainer(when_trained=fill_disk)
+        config = settings(hq, disk / "home", None)
+        with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as client:
+            eventually(lambda: client.status.client_id is not None)
+            name = f"run-{next(_NUMBERS)}"
+            with hq.run(name, rounds=1, min_participants=1) as record:
+                eventually(lambda: client.status.detail.endswith("waits for disk space"))
+                client.stop()
+                (assignment,) = hq.services.store.assignments(record.run, 1)
+                assert assignment.state is AssignmentState.PENDING  # to be gone on with
+                assert client.status.phase is Phase.STOPPED
 
 
 def test_data_that_vanishes_ends_the_client_with_the_reason(

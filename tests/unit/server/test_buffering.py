@@ -105,7 +105,7 @@ def test_revisions_follow_while_a_slow_client_works(server: Headless) -> None:
 
 
 def test_a_client_gets_new_work_of_the_newest_revision_at_once(server: Headless) -> None:
-    first, second = buffered(server, 2, buffer_size=3)
+    first, second, third = buffered(server, 3, buffer_size=3)
     server.deliver(work(server, first))
     server.coordinator.advance()
     assert revision(server) == 0
@@ -113,9 +113,10 @@ def test_a_client_gets_new_work_of_the_newest_revision_at_once(server: Headless)
     assert again.manifest.revision.number == 0
     server.deliver(again, seed=2)
     server.deliver(work(server, second))
+    server.deliver(work(server, third))
     server.coordinator.advance()
     assert revision(server) == 1
-    assert {work(server, it).manifest.revision.number for it in (first, second)} == {1}
+    assert {work(server, it).manifest.revision.number for it in (first, second, third)} == {1}
     newcomer = server.enrol("newcomer")
     server.coordinator.advance()
     told = guide(server.store, server.store.client(newcomer), server.clock.now())
@@ -147,6 +148,21 @@ def test_each_piece_merges_when_enough_deltas_wait_for_it_or_its_time_is_up(
     assert server.store.waiting_deltas(RUN) == []
     for record in (one, two):
         assert len(merges_of(server, record)) == 3
+    check_every_revision(server)
+
+
+def test_a_quick_client_alone_makes_nobody_else_too_stale(server: Headless) -> None:
+    quick, *slow = buffered(server, 3, rounds=500)
+    late = [work(server, it) for it in slow]
+    for seed in range(44):
+        server.clock.time += 1
+        server.deliver(work(server, quick), seed=seed)
+        server.coordinator.advance()
+    assert revision(server) == 0
+    for seed, assignment in enumerate(late):
+        assert server.deliver(assignment, seed=100 + seed).staleness is None
+    server.coordinator.advance()
+    assert [state(server, it) for it in late] == [MERGED, MERGED]
     check_every_revision(server)
 
 

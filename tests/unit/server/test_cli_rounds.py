@@ -51,7 +51,7 @@ def command(server: Headless, capsys: pytest.CaptureFixture[str]) -> Any:  # noq
 
 def test_status_shows_mode_buffer_and_who_rests(command: Any) -> None:  # noqa: ANN401
     text = command("run", "status", RUN)
-    assert "Mode: buffered, 3 deltas or 600 s for each piece, all that are there" in text
+    assert "Mode: buffered, 3 clients or 600 s for each piece, all that are there" in text
     assert "staleness up to 20, fedavg" in text
     assert "Deltas that wait for a merge" in text
     assert "out of memory" in text
@@ -72,3 +72,22 @@ def test_clients_are_listed_with_their_rests(command: Any) -> None:  # noqa: ANN
     [rest] = rests["plant broken"]
     assert (rest["run"], rest["failures"], rest["reason"]) == (RUN, 1, "out of memory")
     assert rest["until_at"] > 0
+
+
+def test_a_round_that_was_extended_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Headless(tmp_path, HandClock(SystemClock().now()))
+    server.create_run(RunState.RUNNING, deadline_s=100.0)
+    for name in ("one", "two"):
+        server.store.touch(server.enrol(name), server.clock.now())
+    shown = []
+    for waited_s in (0, 100):
+        server.clock.time += waited_s
+        server.coordinator.advance()
+        server.home.config_file.touch()
+        with pytest.raises(SystemExit):
+            main(["run", "status", RUN, "--home", str(tmp_path)])
+        shown.append(capsys.readouterr().out)
+    server.store.close()
+    assert ["for want of deltas" in it for it in shown] == [False, True]

@@ -55,7 +55,8 @@ def test_the_environment_wins_over_the_file(
     ("settings", "named"),
     [
         ("port = 70000", "port"),
-        ("prot = 1", "prot"),
+        ("prot = 1", "prot: unknown setting"),
+        ('max_disk_bytes = "some"', "max_disk_bytes"),
         ("heartbeat_timeout_s = nan", "heartbeat_timeout_s"),
         ("heartbeat_timeout_s = 0.5", "heartbeat_timeout_s"),
         ("port = ", "server.toml"),
@@ -66,6 +67,14 @@ def test_a_setting_that_cannot_work_is_named(tmp_path: Path, settings: str, name
     with pytest.raises(ConfigurationError, match=named) as caught:
         ServerConfig.load(home_with(tmp_path, settings))
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"), [("8000", 8000), ('"8GB"', 8 * 10**9), ('"1.5 GiB"', 3 * 2**29)]
+)
+def test_the_disk_limit_may_have_a_unit(tmp_path: Path, written: str, size_bytes: int) -> None:
+    config = ServerConfig.load(home_with(tmp_path, f"max_disk_bytes = {written}"))
+    assert config.max_disk_bytes == size_bytes
 
 
 def test_a_password_is_in_no_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

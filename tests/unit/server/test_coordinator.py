@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Train, Wait
+from fedra_server.auditing import audit
 from fedra_server.errors import NotPermittedError, RefusedError
 from fedra_server.guidance import guide
 from fedra_server.runs import AssignmentState, RunState
@@ -109,11 +112,18 @@ def test_a_late_delta_is_refused_with_its_reason(server: Headless) -> None:
 
 
 def test_too_few_deltas_at_the_deadline_recruit_others_and_keep_what_is_there(
-    server: Headless,
+    server: Headless, caplog: pytest.LogCaptureFixture
 ) -> None:
     with_clients(server, 2)
     server.coordinator.advance()
     server.deliver(server.assignments(1)["client-0"])
+    server.clock.time += 100
+    server.coordinator.advance()
+    told = "round 1 was due; 1 of 2 deltas are there; waiting another 100 s"
+    assert [it for it in caplog.messages if told in it] == caplog.messages
+    current = server.store.current_round(RUN)
+    assert current is not None
+    assert current.deadline_at == current.opened_at + 200
     server.clock.time += 100
     server.store.touch(ClientId("client-0"), server.clock.now())
     newcomer = server.enrol("newcomer")
@@ -208,24 +218,59 @@ def test_a_client_contributes_to_a_round_once(server: Headless) -> None:
     assert len(merged) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", None], ids=["truncated", "deleted"])
-def test_a_damaged_stored_delta_is_left_out_and_its_round_goes_on(
-    server: Headless, damage: bytes | None
-) -> None:
+def test_a_damaged_stored_delta_is_left_out_and_its_round_goes_on(server: Headless) -> None:
     with_clients(server, 2)
     server.coordinator.advance()
     work = server.assignments(1)
     server.deliver(work["client-0"])
     stored = server.home.delta_file(work["client-0"].assignment_id)
-    stored.unlink() if damage is None else stored.write_bytes(damage)
+    stored.write_bytes(b"")
     server.deliver(work["client-1"])
     server.coordinator.advance()
     assert server.states(1) == {"client-0": REFUSED, "client-1": ADMITTED}
+    broken = audit(server.store, server.blobs, server.home).broken
+    told = [it.what for it in broken if "admitted, and refused" in it.detail]
+    assert told == [f"delta {work['client-0'].assignment_id}"]
     server.clock.time += 5
     server.coordinator.advance()
     server.deliver(server.assignments(1)["client-0"])
     server.coordinator.advance()
     assert server.states(1)["client-0"] is MERGED
+
+
+def test_a_round_waits_for_a_stored_delta_that_is_away_and_says_so_once(
+    server: Headless, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_clients(server, 2)
+    server.coordinator.advance()
+    for assignment in server.assignments(1).values():
+        server.deliver(assignment)
+    stored = server.home.delta_file(server.assignments(1)["client-0"].assignment_id)
+    away = stored.rename(stored.with_suffix(".away"))
+    for _ in range(3):
+        server.coordinator.advance()
+    assert server.states(1) == {"client-0": ADMITTED, "client-1": ADMITTED}
+    told = [it.message for it in caplog.records if "cannot go on" in it.message]
+    assert len(told) == 1
+    assert str(stored) in told[0]
+    assert "Bring the file back" in told[0]
+    away.rename(stored)
+    server.coordinator.advance()
+    assert server.states(1) == {"client-0": MERGED, "client-1": MERGED}
+    assert server.store.revision(RUN).manifest.number == 1
+
+
+def test_a_stopped_run_is_not_written_to_when_nobody_is_at_work(
+    server: Headless, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_clients(server, 2)
+    server.coordinator.advance()
+    server.store.set_run_state(RUN, RunState.STOPPED, allowed_from={RunState.RUNNING})
+    assert server.coordinator.advance()
+    with closing(sqlite3.connect(server.home.database_file, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")  # nobody else can write now
+        assert not server.coordinator.advance()
+    assert "cannot go on" not in caplog.text
 
 
 @pytest.mark.parametrize(("examples", "seconds"), [(2**31 - 1, 0.0), (2**31 - 1, 1e-9), (1, 1e9)])

@@ -9,7 +9,10 @@ import pytest
 from fedra_edge.protocol.ids import UploadId
 from fedra_server.config import ServerHome
 from fedra_server.errors import StorageFullError
+from fedra_server.expecting import largest_expected_bytes
+from fedra_server.runs import RunState
 from fedra_server.storage.quotas import SPARE_BYTES, DiskQuota, measure_use
+from tests.support.headless import Headless
 
 ONE, TWO = UploadId("one"), UploadId("two")
 PLENTY = 2**40
@@ -96,6 +99,44 @@ def test_an_upload_nobody_speaks_of_loses_its_claim(home: ServerHome) -> None:
     grant(quota, TWO, 100, now=700.0)
 
 
+@pytest.mark.parametrize("limit_bytes", [None, PLENTY])
+def test_who_fell_silent_keeps_nobody_from_the_disk(
+    home: ServerHome, limit_bytes: int | None
+) -> None:
+    quota = DiskQuota(home, limit_bytes)
+    free_bytes = SPARE_BYTES + 150
+    grant(quota, ONE, 100, free_bytes=free_bytes)
+    with pytest.raises(StorageFullError, match="the disk has"):
+        grant(quota, TWO, 60, free_bytes=free_bytes, now=500.0)
+    grant(quota, TWO, 60, free_bytes=free_bytes, now=700.0)
+
+
+def test_who_fell_silent_is_not_remembered(home: ServerHome) -> None:
+    quota = DiskQuota(home, None)
+    for index in range(100):
+        grant(quota, UploadId(f"vanished-{index}"), 100, now=index * 700.0)
+    assert list(quota._awaited) == ["vanished-99"]
+
+
+def test_what_has_begun_counts_towards_the_limit_however_long_it_is_silent(
+    home: ServerHome,
+) -> None:
+    quota = DiskQuota(home, 1900)
+    for upload_id in (ONE, TWO):
+        grant(quota, upload_id, 450)
+        (home.uploads / f"{upload_id}.part").write_bytes(b"x")
+        quota.note_arrived(upload_id, 1, now=0.0)
+    with pytest.raises(StorageFullError, match="of which 1800"):
+        grant(quota, UploadId("three"), 101, now=700.0)
+    grant(quota, UploadId("three"), 100, now=700.0)
+    with pytest.raises(StorageFullError, match="the disk has 0 left"):
+        grant(quota, ONE, 449, free_bytes=0, now=700.0, is_begun=True)
+    with pytest.raises(StorageFullError, match="of which 1900"):
+        grant(quota, UploadId("four"), 1, now=702.0)
+    (home.uploads / "one.part").unlink()
+    grant(quota, UploadId("four"), 450, now=704.0)
+
+
 def test_a_full_disk_refuses_whatever_the_limit_says(home: ServerHome) -> None:
     quota = DiskQuota(home, None)
     grant(quota, ONE, 100, free_bytes=SPARE_BYTES + 100)
@@ -110,3 +151,40 @@ def test_a_shortage_is_told_before_anybody_is_refused(home: ServerHome) -> None:
     assert "the disk has 5 left" in DiskQuota(home, None).shortage(free_bytes=5, now=0.0)
     told = DiskQuota(home, 900).shortage(free_bytes=PLENTY, now=0.0)
     assert told == "max_disk_bytes allows 900, of which 900 are taken"
+
+
+def test_refusing_is_told_when_it_begins_and_when_it_ends(
+    home: ServerHome, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedra_server.storage.quotas")
+    quota = DiskQuota(home, 1000)
+    for now in (0.0, 2.0, 4.0):
+        with pytest.raises(StorageFullError):
+            grant(quota, ONE, 200, now=now)
+    grant(quota, TWO, 10, now=5.0)
+    [begun] = caplog.messages
+    assert "refused for want of space: max_disk_bytes allows 1000" in begun
+    (home.deltas / "old.safetensors").unlink()
+    grant(quota, ONE, 200, now=70.0)
+    grant(quota, UploadId("three"), 100, now=71.0)
+    assert caplog.messages[1:] == ["deltas are taken in again"]
+
+
+def test_there_is_no_space_where_the_largest_expected_delta_does_not_fit(tmp_path: Path) -> None:
+    server = Headless(tmp_path)
+    try:
+        assert largest_expected_bytes(server.store) == 1
+        server.create_run(RunState.RUNNING)
+        assert server.coordinator.advance() is False
+        client = server.enrol("one"), server.enrol("two")
+        assert server.coordinator.advance()
+        needed_bytes = largest_expected_bytes(server.store)
+        for client_id in client:
+            server.deliver(server.assignments(1)[client_id])
+        held = [it.stat().st_size for it in server.home.deltas.iterdir()]
+        assert max(held) <= needed_bytes <= 2**20
+        quota = DiskQuota(server.home, measure_use(server.home).total + needed_bytes - 1)
+        assert not quota.shortage(free_bytes=PLENTY, now=0.0)
+        assert quota.shortage(needed_bytes, free_bytes=PLENTY, now=0.0)
+    finally:
+        server.store.close()

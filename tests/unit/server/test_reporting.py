@@ -85,8 +85,8 @@ def make_history() -> RunHistory:
         ],
         merged_in={AssignmentId("a1"): 1, AssignmentId("a2"): 2, AssignmentId("b2"): 2},
         waiting=[
-            WaitingDelta(AssignmentId("b3"), 2, ("layers.0", "head"), 10, 0.5, "", NOW + 30),
-            WaitingDelta(AssignmentId("b4"), 2, ("layers.0",), 10, 0.5, "", NOW + 25),
+            WaitingDelta(AssignmentId("b3"), 2, ("layers.0", "head"), 10, 0.5, "", NOW + 30, ONE),
+            WaitingDelta(AssignmentId("b4"), 2, ("layers.0",), 10, 0.5, "", NOW + 25, TWO),
         ],
         setbacks={TWO: Setback(TWO, 3, NOW, "no memory")},
     )

@@ -324,6 +324,8 @@ def test_setbacks_count_from_the_last_delivery(open_store: Store) -> None:
     setback = open_store.setbacks(RUN)[CLIENT]
     assert (setback.failures, setback.failed_at, setback.detail) == (4, NOW + 4, "fault 2")
     assert setback.rests_until == NOW + 4 + 40
+    assert open_store.setbacks(RUN, CLIENT) == {CLIENT: setback}
+    assert open_store.setbacks(RUN, ClientId("client-2")) == {}
     last = make_assignment("last")
     open_store.extend_round(
         RUN, 1, deadline_at=NOW, draws=3, assignments=[last], expire=[], now=NOW

@@ -1,0 +1,80 @@
+"""Turns what the HTTP library raises into our own errors, and names a proxy that is the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import httpx
+
+from fedra_edge.errors import (
+    ConfigurationError,
+    ServerUnreachableError,
+    UnexpectedAnswerError,
+)
+
+CHECK_PROXY: Final = "check --proxy and its account, or HTTPS_PROXY and NO_PROXY"
+_PORTS: Final = {"http": 80, "https": 443}
+
+
+class Way:
+    """Where a request's connection was opened to, if one was: the server, or a proxy on the way."""
+
+    def __init__(self) -> None:
+        self.proxy = ""
+        self.is_open = True
+
+    def note(self, event: str, info: Mapping[str, Any], url: httpx.URL) -> None:
+        """Take note of what the HTTP library tells of a connection."""
+        if event.endswith("connect_tcp.started"):
+            own = url.raw_host.decode("ascii"), url.port or _PORTS[url.scheme]
+            is_direct = (info["host"], info["port"]) == own
+            self.proxy = "" if is_direct else f"{info['host']}:{info['port']}"
+            self.is_open = False
+        elif event.endswith("connect_tcp.complete"):
+            self.is_open = True
+
+    @property
+    def goal(self) -> str:
+        """Who is to blame when there is no answer."""
+        if self.proxy and not self.is_open:
+            return f"the proxy {self.proxy}"
+        return f"the server, over the proxy {self.proxy}," if self.proxy else "the server"
+
+
+@contextmanager
+def mapped_errors(way: Way) -> Iterator[None]:
+    """Raise our own errors; only the block knows whether it ends well.
+
+    Raises:
+        ConfigurationError: The request can never be sent.
+        ServerUnreachableError: There is no answer.
+        UnexpectedAnswerError: There is one that cannot be read.
+    """
+    try:
+        yield
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
+        raise ConfigurationError(f"the request cannot be sent: {error}") from error
+    except httpx.TimeoutException as error:
+        raise ServerUnreachableError(
+            f"{way.goal} does not answer in time",
+            remedy=CHECK_PROXY if way.proxy else "check the network and the address",
+        ) from error
+    except httpx.DecodingError as error:
+        raise UnexpectedAnswerError(f"the answer cannot be decoded: {error}") from error
+    except httpx.RequestError as error:
+        reason = str(error) or type(error).__name__
+        raise ServerUnreachableError(
+            f"{way.goal} cannot be reached: {reason}", remedy=_remedy_of(error, way)
+        ) from error
+
+
+def _remedy_of(error: httpx.RequestError, way: Way) -> str:
+    if "CERTIFICATE" in str(error):
+        return "give the certificate authority of your plant or proxy as --ca-file"
+    if isinstance(error, httpx.ProxyError):
+        return CHECK_PROXY
+    if way.proxy and not way.is_open:
+        return "check that the proxy runs, and --proxy, or HTTPS_PROXY and NO_PROXY"
+    return "check that the server runs and that --server is its address"
