@@ -38,7 +38,8 @@ STREAMED_ROOM_BYTES: Final = 130 * MEGABYTE
 """More than a streamed slice takes beside the idle client, and less than a resident one."""
 
 RUN = "shrinking"
-STEPS = 16
+STEPS = 48
+"""Enough that training lasts until the machine has shrunk under it, also where it is quick."""
 LARGE_BYTES = 2**44
 TRAINING = {"batch_size": 8, "max_steps": STEPS, "local_epochs": 100, "rank": 2}
 NEIGHBOUR = """
