@@ -140,7 +140,10 @@ class LayerCache:
 
     @property
     def used_bytes(self) -> int:
-        """What all files together occupy at most, unfinished downloads included."""
+        """What all files together occupy, unfinished downloads included.
+
+        It was looked at a minute ago at most; what was downloaded since is added.
+        """
         if time.monotonic() - self._looked_at > _KNOWN_FOR_S:
             self._listing()
         return self._used_bytes

@@ -101,7 +101,7 @@ class Session:
                 self.is_resting = self._is_time_to_rest(is_idle=is_held)
             case Train() as train:
                 is_done = self._participation.train(train)
-                self._is_reason_known = is_done  # nothing but what comes next is to be known
+                self._is_reason_known = is_done  # what was done is why there is nothing to do
                 self._pace(is_done=is_done)
                 self._busy_at = time.monotonic()
 
