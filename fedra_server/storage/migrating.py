@@ -10,7 +10,7 @@ from sqlalchemy import Connection, inspect, text
 from fedra_server.errors import ConfigurationError
 from fedra_server.storage.database import Database
 
-CURRENT_SCHEMA: Final = "0003"
+CURRENT_SCHEMA: Final = "0006"
 """The newest step in migrations/versions; a test holds the two together."""
 
 _VERSION_TABLE: Final = "alembic_version"
