@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Final, TypeVar
@@ -28,6 +29,7 @@ from fedra_edge.protocol.messages import (
 )
 from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.rounds import Assignment, Evaluation
+from fedra_edge.protocol.trust import Authority, KeyChange
 from fedra_edge.protocol.wire import WireModel
 from fedra_edge.retrying import FOR_EVER, ONCE, Retrier, RetryPolicy
 from fedra_edge.transport import Request, Transport, json_request
@@ -36,6 +38,7 @@ _ASSIGNMENT: Final[TypeAdapter[Assignment]] = TypeAdapter(Assignment)
 _MAX_DETAIL: Final = 4000
 
 Answer = TypeVar("Answer", bound=WireModel)
+Result = TypeVar("Result")
 
 
 class ServerApi:
@@ -57,13 +60,28 @@ class ServerApi:
         self._policy = policy
         self._meter = meter
 
+    def retried(self, operation: Callable[[], Result]) -> Result:
+        """Do something that takes several calls, again and again while the server is not there."""
+        return self._retrier.run(operation, self._policy)
+
     def health(self) -> Health:
         """Ask whether the server can serve."""
-        return self._ask(routes.READY, Health)
+        request = Request(routes.READY, routes.READY.path, is_anonymous=True)
+        return self.retried(lambda: self._transport.ask(request, Health))
+
+    def authority(self) -> Authority:
+        """Ask once for the server's certificate authority; nothing is told by that."""
+        request = Request(routes.AUTHORITY, routes.AUTHORITY.path, is_anonymous=True)
+        return self._transport.ask(request, Authority)
 
     def enrol(self, request: EnrolRequest) -> EnrolReceipt:
-        """Become a member; an attempt whose answer got lost leaves an unused membership."""
-        return self._ask(routes.ENROL, EnrolReceipt, body=request)
+        """Become a member; repeating it with the same key changes nothing."""
+        asked = json_request(routes.ENROL, routes.ENROL.path, request, is_anonymous=True)
+        return self.retried(lambda: self._transport.ask(asked, EnrolReceipt))
+
+    def change_key(self, change: KeyChange) -> None:
+        """Put another key in the place of this client's own; repeating it changes nothing."""
+        self._tell(routes.CHANGE_KEY, body=change)
 
     def rejoin(self, request: RejoinRequest) -> ClientStatus:
         """Say that an enrolled client is back."""
@@ -130,10 +148,16 @@ class ServerApi:
         )
 
     def send_delta(
-        self, manifest: DeltaManifest, file: Path, policy: RetryPolicy | None = None
+        self,
+        manifest: DeltaManifest,
+        file: Path,
+        policy: RetryPolicy | None = None,
+        *,
+        is_new: bool = False,
     ) -> DeltaReceipt:
         """Bring a delta to the server, going on where an earlier attempt stopped."""
-        upload = transfers.Upload(self._transport, manifest, file, self._meter(manifest.size_bytes))
+        on_bytes = self._meter(manifest.size_bytes)
+        upload = transfers.Upload(self._transport, manifest, file, on_bytes, is_new=is_new)
         return self._retrier.run(upload.complete, policy or self._policy)
 
     def _poll(self, wait_s: float) -> Assignment:

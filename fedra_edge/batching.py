@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -24,24 +25,26 @@ Places = Mapping[Path, BlobRef]
 """Files that blobs are to be downloaded into."""
 
 
-def begin_together(transport: Transport, places: Places, on_bytes: OnBytes) -> None:
-    """Write the small ones among these files, as far as they come.
+def begin_together(transport: Transport, places: Places, on_bytes: OnBytes) -> set[Path]:
+    """Write the small ones among these files, as far as they come; name those that are right.
 
-    What does not come, or not as it should be, is left to a download of its own; nothing is
-    digested here.
+    What does not come, or not as it should be, is left to a download of its own.
 
     Raises:
         StorageError: A file cannot be written.
     """
+    complete: set[Path] = set()
     for batch in _batches(places):
         digests = ",".join(ref.sha256 for ref in batch.values())
         request = Request(routes.BLOBS, routes.BLOBS.path, query={"sha256": digests})
         try:
             with transport.stream(request) as response:
-                _distribute(_counted(transport.streamed(response), on_bytes), batch)
+                chunks = _counted(transport.streamed(response), on_bytes)
+                complete.update(_distribute(chunks, batch))
         except (ServerUnreachableError, NotFoundError) as error:  # an older server has no such call
             LOGGER.debug("blobs come one by one: %s", error)
-            return
+            break
+    return complete
 
 
 def _batches(places: Places) -> Iterator[dict[Path, BlobRef]]:
@@ -64,19 +67,23 @@ def _counted(chunks: Iterable[bytes], on_bytes: OnBytes) -> Iterator[bytes]:
         yield chunk
 
 
-def _distribute(chunks: Iterable[bytes], batch: Places) -> None:
-    """Cut a stream of files, one after the other, into the files."""
+def _distribute(chunks: Iterable[bytes], batch: Places) -> Iterator[Path]:
+    """Cut a stream of files, one after the other, into the files; give those that are right."""
     rest = memoryview(b"")
     source = iter(chunks)
     for path, ref in batch.items():
         missing_bytes = ref.size_bytes
-        with storage_errors(f"write {path}"), path.open("wb") as file:
+        digest = sha256()
+        with storage_errors(f"write {path}"), path.open("wb", buffering=0) as file:
             while missing_bytes:
                 rest = rest or memoryview(next(source, b""))
                 if not rest:
                     return
                 taken_bytes = file.write(rest[:missing_bytes])
+                digest.update(rest[:taken_bytes])
                 missing_bytes -= taken_bytes
                 rest = rest[taken_bytes:]
                 fault_point("download.part")
+        if digest.hexdigest() == ref.sha256:
+            yield path
     next(source, b"")  # read to its end, an answer leaves its connection to the next request

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import platform
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -18,25 +17,17 @@ from typing import Annotated, NoReturn
 import typer
 
 from fedra_edge import options
-from fedra_edge.api import ServerApi
-from fedra_edge.config import EdgeConfig, load_config, load_site_config
+from fedra_edge.config import load_config, load_site_config
 from fedra_edge.console import Output, Pace
-from fedra_edge.errors import (
-    ConfigurationError,
-    DataError,
-    FedraEdgeError,
-    NotAuthenticatedError,
-    ServerUnreachableError,
-)
+from fedra_edge.errors import DataError, FedraEdgeError
 from fedra_edge.exit_codes import EXIT_CODES_HELP, exit_code_of
 from fedra_edge.home_lock import home_lock
-from fedra_edge.identity import Identity, IdentityFile, known_servers
+from fedra_edge.membership import Membership
 from fedra_edge.options import Backend, Export, Home, Json, MaxLayers, Memory, Server, Verbose
 from fedra_edge.outbox import Outbox
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_edge.resting import CAN_REST, CONTRIBUTED
-from fedra_edge.retrying import FEW_TIMES, Retrier
-from fedra_edge.transport import Transport, open_http_client
+from fedra_edge.visiting import known_server, membership, tell_leaving, visited, visiting
 
 
 def _epilog(example: str) -> str:
@@ -46,14 +37,16 @@ def _epilog(example: str) -> str:
 app = typer.Typer(
     name="fedra-edge",
     help="Tune one foundation model together with other sites; your data stays here.",
-    epilog=_epilog("join --server https://plant.example --data images"),
+    epilog=_epilog("join --server 'https://hq.example:8470#SECRET.FINGERPRINT' --data images"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-@app.command(epilog=_epilog("join --server https://plant.example --data images"))
+@app.command(
+    epilog=_epilog("join --server 'https://hq.example:8470#SECRET.FINGERPRINT' --data images")
+)
 def join(
     context: typer.Context,
     server: Server = None,
@@ -76,14 +69,16 @@ def join(
     max_bandwidth: options.MaxBandwidth = None,
     proxy: options.Proxy = None,
     ca_file: options.CaFile = None,
+    insecure_http: options.InsecureHttp = False,
     as_json: Json = False,
     verbose: Verbose = False,
     contributed: Annotated[int, typer.Option(CONTRIBUTED, min=0, hidden=True)] = 0,
 ) -> None:
     """Take part until told to stop (Ctrl-C), through lost connections and server restarts."""
+    server = server or known_server(home)
     if server is None:
         raise typer.BadParameter(
-            "is not given; give the server's address, or set FEDRA_EDGE_SERVER",
+            "is not given; give the join string of headquarters, or set FEDRA_EDGE_SERVER",
             param_hint="--server",
         )
     output = Output(as_json=as_json)
@@ -105,8 +100,7 @@ def join(
                 "threads": threads,
                 "mirrors": mirror or None,
                 "max_bandwidth": max_bandwidth,
-                "proxy": proxy,
-                "ca_file": ca_file,
+                **options.way_options(context.params),
             }
         )
         arguments: list[str] | None = context.obj
@@ -135,6 +129,7 @@ def profile(
     deadline: options.Deadline = None,
     proxy: options.Proxy = None,
     ca_file: options.CaFile = None,
+    insecure_http: options.InsecureHttp = False,
     as_json: Json = False,
 ) -> None:
     """Show what this machine would tell a server, and with --server whether it answers.
@@ -155,32 +150,54 @@ def profile(
             output.note("measuring this machine, and a block of the model on it")
             values = asdict(measure_promise(model, chosen, config))
         if server is not None:
-            way = {"server": server, "proxy": proxy, "ca_file": ca_file}
-            with _connected(load_config({**site, **way}), None) as api:
+            way = options.way_options(context.params)
+            with visited(load_config({**site, "server": server, **way})) as api:
                 values["server"] = api.health().model_dump()
         output.show(values)
 
 
 @app.command(epilog=_epilog("status --json"))
 def status(
+    context: typer.Context,
     server: Server = None,
     home: Home = None,
     proxy: options.Proxy = None,
     ca_file: options.CaFile = None,
+    insecure_http: options.InsecureHttp = False,
     as_json: Json = False,
 ) -> None:
     """Show what the server knows of this client, and what waits to be sent."""
     output = Output(as_json=as_json)
     with _reported(output):
-        config, identity = _membership(server, home, proxy=proxy, ca_file=ca_file)
-        with _connected(config, identity) as api:
+        config, _ = membership(server, home, options.way_options(context.params))
+        with visiting(config) as (api, _):
             known = api.client_status()
         local = {"deltas_waiting": Outbox(config.outbox).num_waiting, "home": str(config.home)}
         output.show({"server": config.server, **known.model_dump(), **local})
 
 
-@app.command(epilog=_epilog("leave --server https://plant.example"))
+@app.command("rotate-key", epilog=_epilog("rotate-key"))
+def rotate_key(
+    context: typer.Context,
+    server: Server = None,
+    home: Home = None,
+    proxy: options.Proxy = None,
+    ca_file: options.CaFile = None,
+    insecure_http: options.InsecureHttp = False,
+    as_json: Json = False,
+) -> None:
+    """Put a new key in the place of this client's own; a client that runs goes on meanwhile."""
+    output = Output(as_json=as_json)
+    with _reported(output):
+        config, identity = membership(server, home, options.way_options(context.params))
+        with visiting(config) as (_, enrolment):
+            public_key = enrolment.rotate_key()
+        output.show({"client_id": identity.client_id, "public_key": public_key})
+
+
+@app.command(epilog=_epilog("leave --server https://hq.example:8470"))
 def leave(
+    context: typer.Context,
     server: Server = None,
     home: Home = None,
     forget: Annotated[
@@ -188,15 +205,16 @@ def leave(
     ] = False,
     proxy: options.Proxy = None,
     ca_file: options.CaFile = None,
+    insecure_http: options.InsecureHttp = False,
     as_json: Json = False,
 ) -> None:
-    """Give up the membership and delete this client's identity."""
+    """Give up the membership and delete this client's identity, key and pinned authority."""
     output = Output(as_json=as_json)
     with _reported(output):
-        config, identity = _membership(server, home, proxy=proxy, ca_file=ca_file)
+        config, identity = membership(server, home, options.way_options(context.params))
         with home_lock(config.home):
-            was_told = _tell_leaving(config, identity, must_be_told=not forget)
-            IdentityFile(config.membership, config.server).forget()
+            was_told = tell_leaving(config, must_be_told=not forget)
+            Membership.of(config).forget()
         output.show({"left": config.server, "client_id": identity.client_id, "told": was_told})
 
 
@@ -310,61 +328,6 @@ def version(as_json: Json = False) -> None:
 def main() -> None:
     """Run the command line, as a process of its own that may rest."""
     app(obj=sys.argv[1:] if CAN_REST else None)
-
-
-def _membership(
-    server: str | None, home: Path | None, **way: object
-) -> tuple[EdgeConfig, Identity]:
-    """Find the identity meant: on the server given, else on the only one there is."""
-    servers = known_servers(load_site_config({"home": home}).home)
-    if server is None and len(servers) == 1:
-        server = servers[0]
-    if server is None and len(servers) > 1:
-        raise ConfigurationError(
-            "this home is a member on several servers", remedy=f"give --server: {servers}"
-        )
-    if server is None:
-        raise _not_enrolled(f"the home {home or 'of this user'}")
-    config = load_config({"server": server, "home": home, **way})
-    identity = IdentityFile(config.membership, config.server).load()
-    if identity is None:
-        raise _not_enrolled(config.server)
-    return config, identity
-
-
-def _not_enrolled(where: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"no client is enrolled: {where}", remedy="run `fedra-edge join`, or check --home"
-    )
-
-
-def _tell_leaving(config: EdgeConfig, identity: Identity, *, must_be_told: bool) -> bool:
-    try:
-        with _connected(config, identity) as api:
-            api.leave()
-    except NotAuthenticatedError:  # the server forgot us first
-        return True
-    except FedraEdgeError:
-        if must_be_told:
-            raise
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _connected(config: EdgeConfig, identity: Identity | None) -> Iterator[ServerApi]:
-    transport = Transport(open_http_client(config.server, config.link), config.link)
-    if identity is not None:
-        transport.authenticate(identity.credential)
-    try:
-        yield ServerApi(transport, Retrier(threading.Event()), FEW_TIMES)
-    except ServerUnreachableError as error:
-        from fedra_edge.client import remedy_of
-
-        error.remedy = remedy_of(error)
-        raise
-    finally:
-        transport.close()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +19,13 @@ from fedra_edge.config import EdgeConfig, SiteConfig, load_config
 from fedra_edge.control import Control
 from fedra_edge.data.dataset import LocalDataset
 from fedra_edge.data.opening import open_dataset
+from fedra_edge.enrolling import Enrolment
 from fedra_edge.errors import ConfigurationError, FedraEdgeError, ServerUnreachableError
 from fedra_edge.home_lock import home_lock
-from fedra_edge.identity import IdentityFile
 from fedra_edge.layer_cache import LayerCache
 from fedra_edge.metering import BoardMeter
 from fedra_edge.mirrors import MirroredFetch, open_mirrors
+from fedra_edge.network_errors import remedy_of
 from fedra_edge.outbox import Outbox
 from fedra_edge.participation import Equipment
 from fedra_edge.profiling import measure_device
@@ -38,8 +39,6 @@ from fedra_edge.transport import Transport, open_http_client
 
 LOGGER: Final = logging.getLogger(__name__)
 STOP_S: Final = 30.0
-_PLAIN_HTTP_SIGNS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
-"""What OpenSSL says, by its version, of an answer that is no TLS."""
 
 
 class EdgeOptions(TypedDict, total=False):
@@ -57,14 +56,19 @@ class EdgeOptions(TypedDict, total=False):
     mirrors: Sequence[str]
     proxy: str
     ca_file: Path | str
+    insecure_http: bool
 
 
 @dataclass(frozen=True)
 class Resting:
-    """What a client that may rest is told: the command that starts it, what it did before."""
+    """What a client that may rest is told: the command that starts it, what it did before.
+
+    ``session`` is the one that it rested with, if it comes from a rest.
+    """
 
     command: tuple[str, ...]
     contributed: int
+    session: str | None = field(default=None, repr=False)
 
 
 class EdgeClient:
@@ -105,7 +109,9 @@ class EdgeClient:
         self._rest: Rest | None = None
         self._board = ProgressBoard(on_progress, resting.contributed if resting else 0)
         link = config.link
+        self._owns_connections = http is None
         self._transport = Transport(http or open_http_client(config.server, link), link)
+        self._enrolment: Enrolment | None = None
         self._mirrors = open_mirrors(config.mirrors, link, self._transport.bandwidth)
         self._control = Control(on_stop=self._interrupt)
         self._thread = threading.Thread(target=self._run, name="fedra-edge")
@@ -208,9 +214,10 @@ class EdgeClient:
             membership=config.membership,
             poll_s=config.poll_s,
             caps=config.caps,
-            link=config.link,
+            link=self._transport.link,
             contributed=self._board.current.rounds_contributed,
             command=self._resting.command,
+            session=self._enrolment.session if self._enrolment is not None else None,
         )
 
     def _fail(self, error: Exception) -> None:
@@ -248,8 +255,14 @@ class EdgeClient:
             caps=config.caps,
             cached_bytes=cache.used_bytes,
         )
-        identity_file = IdentityFile(config.membership, config.server)
-        return Session(equipment, identity_file, measure, may_rest=self._resting is not None)
+        self._enrolment = Enrolment(
+            config,
+            self._transport,
+            api,
+            may_pin=self._owns_connections,
+            session=self._resting.session if self._resting is not None else None,
+        )
+        return Session(equipment, self._enrolment, measure, may_rest=self._resting is not None)
 
     def _interrupt(self) -> None:
         self._transport.interrupt()
@@ -276,12 +289,14 @@ def join(
     """Start a client in the background and give it back at once.
 
     Example:
-        >>> client = join("https://plant.example", data="images")  # doctest: +SKIP
+        >>> client = join(
+        ...     "https://hq.example:8470#SECRET.FINGERPRINT", data="images"
+        ... )  # doctest: +SKIP
         >>> client.status.phase  # doctest: +SKIP
         >>> client.stop()  # doctest: +SKIP
 
     Args:
-        server: The server's address.
+        server: The join string that headquarters gives out; once joined, the address is enough.
         data: A directory with one directory of images or texts per class, or a CSV manifest.
         dataset: A dataset of the program's own, instead of ``data``.
         trainer: A trainer of the program's own.
@@ -294,13 +309,6 @@ def join(
     config = load_config({"server": server, "data": data, **options})
     client = EdgeClient(config, dataset=dataset, trainer=trainer, on_progress=on_progress)
     return client.start()
-
-
-def remedy_of(error: ServerUnreachableError) -> str:
-    """Tell what to do, also when an https address leads to a server of plain http."""
-    if any(sign in str(error) for sign in _PLAIN_HTTP_SIGNS):
-        return "the server seems to speak plain http; try http:// instead of https://"
-    return error.remedy
 
 
 def load_configured_trainer(config: SiteConfig) -> Trainer:

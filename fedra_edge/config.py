@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import re
 import socket
@@ -12,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fedra_edge.errors import ConfigurationError
@@ -20,6 +30,8 @@ from fedra_edge.link import IDLE_S, Link
 from fedra_edge.profiling import SiteCaps
 from fedra_edge.protocol.messages import RunName, SiteName
 from fedra_edge.protocol.routes import MAX_POLL_S
+from fedra_edge.protocol.trust import JoinString, is_join_string
+from fedra_edge.protocol.wire import HexDigest
 
 _UNITS: Final[Mapping[str, int]] = {
     "": 1, "b": 1,
@@ -31,7 +43,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9._-]+(:\d+)?/?")
 _OPTIONS: Final = frozenset(
     {
         "server", "data", "name", "run", "home", "max_layers", "backend", "threads",
-        "max_bandwidth", "proxy", "ca_file",
+        "max_bandwidth", "proxy", "ca_file", "insecure_http",
     }
 )  # fmt: skip
 _SHORTER: Final = {"memory_bytes": "--memory", "mirrors": "--mirror"}
@@ -73,12 +85,25 @@ def default_name() -> str:
 
 
 def _check_url(url: str) -> str:
+    if is_join_string(url):
+        JoinString.parse(url)  # says what is missing
     parts = urlsplit(url.strip())
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError(_no_address(url.strip()))
     if parts.query or parts.fragment or parts.username:
         raise ValueError("a server address has no user name, query or fragment")
     return url.strip().rstrip("/")
+
+
+def _is_plain_to_elsewhere(url: str) -> bool:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme != "http" or host == "localhost" or host.endswith(".localhost"):
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
 
 
 def _check_proxy(url: SecretStr) -> SecretStr:
@@ -99,7 +124,7 @@ def _check_mirror(place: str) -> str:
 
 def _no_address(url: str) -> str:
     """Say what is missing; what may hold a password is not repeated."""
-    shown = "this" if "@" in url else repr(url)
+    shown = "this" if "@" in url or is_join_string(url) else repr(url)
     meant = "write for example https://plant.example"
     if _HOST.fullmatch(url):
         meant = f"did you mean http://{url} (or https://)?"
@@ -122,7 +147,8 @@ class SiteConfig(BaseSettings):
     in a round, ``disk_quota_bytes`` the cache of model weights below ``home``, ``max_bandwidth``
     the bytes a second that all transfers together may move. ``mirrors`` are directories and web
     addresses where weights are looked for first. ``idle_timeout_s`` is how long a connection may
-    be without any progress before it is given up and another one is tried.
+    be without any progress before it is given up and another one is tried. ``insecure_http``
+    allows plain http to another machine, which everybody on the way can read and alter.
     """
 
     model_config = SettingsConfigDict(
@@ -140,6 +166,7 @@ class SiteConfig(BaseSettings):
     proxy: Proxy | None = None
     ca_file: Path | None = None
     idle_timeout_s: Annotated[float, Field(ge=1, le=3600)] = IDLE_S
+    insecure_http: bool = False
 
     @property
     def link(self) -> Link:
@@ -171,19 +198,54 @@ class EdgeConfig(SiteConfig):
     """The settings of one client: a machine's, and what it does on one server.
 
     A client of the command line gives its memory back after ``rest_after_s`` without work.
+    A join string given as ``server`` is three settings in one: the address, what admits there
+    once, and the fingerprint of the server's authority. The client's key is changed when it is
+    ``rotate_key_after_days`` old.
     """
 
     server: ServerUrl
+    join_secret: SecretStr | None = None
+    ca_sha256: HexDigest | None = None
     data: Path | None = None
     name: SiteName = Field(default_factory=default_name)
     run: RunName | None = None
     poll_s: Annotated[float, Field(ge=0, le=MAX_POLL_S)] = 25.0
     heartbeat_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
     rest_after_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    rotate_key_after_days: Annotated[float, Field(ge=0, le=36_500)] = 90.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_join_string(cls, values: object) -> object:
+        """Take a join string apart; what is none is refused as an address."""
+        server = values.get("server") if isinstance(values, dict) else None
+        if not isinstance(values, dict) or not isinstance(server, str):
+            return values
+        try:
+            told = JoinString.parse(server)
+        except ValueError:
+            return values
+        secrets = {"join_secret": told.secret, "ca_sha256": told.ca_sha256}
+        return {**values, "server": told.address, **secrets}
+
+    @field_validator("server")
+    @classmethod
+    def _check_plain_http(cls, server: str, info: ValidationInfo) -> str:
+        if not info.data.get("insecure_http") and _is_plain_to_elsewhere(server):
+            raise ValueError(
+                "plain http to another machine can be read and altered on the way; use https:// "
+                "with the join string that headquarters gives out, or accept it: --insecure-http"
+            )
+        return server
+
+    @property
+    def is_insecure(self) -> bool:
+        """Whether everybody on the way to the server can read and alter what is said."""
+        return _is_plain_to_elsewhere(self.server)
 
     @property
     def membership(self) -> Path:
-        """What belongs to this server alone: identity, outbox and checkpoint."""
+        """What belongs to this server alone: identity, key, pin, outbox and checkpoint."""
         return self.home / "servers" / _folder_name(self.server)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedra_edge.errors import SliceError
-from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
+from fedra_edge.protocol.tensors import FloatArray, tensor_parts
 
 
 def compute_delta(
@@ -31,6 +31,6 @@ def compute_delta(
     return delta
 
 
-def pack_delta(delta: Mapping[str, FloatArray]) -> bytes:
-    """Turn a delta into the bytes that are uploaded: the same bytes for the same values."""
-    return serialize_tensors(delta)
+def pack_delta(delta: Mapping[str, FloatArray]) -> list[bytes | memoryview]:
+    """Give the file that is uploaded, in parts and not copied: the same for the same values."""
+    return tensor_parts(delta)

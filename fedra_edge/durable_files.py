@@ -122,3 +122,17 @@ def set_aside(path: Path, directory: Path) -> Path:
             target = directory / f"{path.name}.{number}"
             number += 1
         return path.replace(target)
+
+
+def remove_durably(*paths: Path) -> None:
+    """Remove files of one directory, what killed processes left of them too, for good.
+
+    Raises:
+        StorageError: One of them cannot be removed.
+    """
+    for path in paths:
+        with storage_errors(f"remove {path}"):
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}{UNFINISHED}").unlink(missing_ok=True)
+            if path.parent.is_dir():
+                sync_directory(path.parent)

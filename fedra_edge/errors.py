@@ -3,6 +3,7 @@
 FedraEdgeError
 ├── ConfigurationError            settings or arguments cannot work
 ├── IdentityError                 who we are on this server cannot be read or kept
+├── WrongServerError              who answers is not the server that we were told of
 ├── DataError                     nothing in the local data can be used
 ├── BackendUnavailableError       the training runtime is not installed or not usable
 ├── SliceError                    an assignment cannot be turned into work
@@ -12,9 +13,14 @@ FedraEdgeError
 │   └── StorageFullError          ... because disk or quota have no space left
 ├── MirrorTooSlowError            a mirror brings weights so slowly that others are asked
 ├── ServerUnreachableError        no answer, or an answer that says "not now"
-│   └── UnexpectedAnswerError     something answered, but not as the protocol allows
+│   ├── UnexpectedAnswerError     something answered, but not as the protocol allows
+│   └── UntrustedServerError      whoever answers has no certificate that we trust
 └── ServerRefusedError            the server says no; carries its problem document
-    ├── NotAuthenticatedError     no credential, or one that the server does not know
+    ├── NotAuthenticatedError     no session, or one that the server does not know
+    ├── JoinRefusedError          a join string that does not admit, or none where one is needed
+    ├── SignatureRefusedError     it is not signed by the key that the server knows
+    ├── ChallengeRefusedError     a challenge that is too old, or was used before
+    ├── ClientRevokedError        the membership has ended
     ├── NotPermittedError         it is not ours to ask for
     ├── NotFoundError             no such thing on the server
     ├── ProtocolMismatchError     both sides speak incompatible protocol versions
@@ -46,6 +52,10 @@ class ConfigurationError(FedraEdgeError):
 
 class IdentityError(FedraEdgeError):
     """Who we are on this server cannot be read or kept."""
+
+
+class WrongServerError(FedraEdgeError):
+    """Who answers is not the server that a join string, or the membership, is of."""
 
 
 class DataError(FedraEdgeError):
@@ -101,6 +111,10 @@ class UnexpectedAnswerError(ServerUnreachableError):
     """Something answered, but not as the protocol allows: a portal, a proxy, a wrong address."""
 
 
+class UntrustedServerError(ServerUnreachableError):
+    """Whoever answers has no certificate that we trust; nothing was sent."""
+
+
 class NotThereError(UnexpectedAnswerError):
     """A web server that is no Fedra server does not have what was asked for."""
 
@@ -114,7 +128,23 @@ class ServerRefusedError(FedraEdgeError):
 
 
 class NotAuthenticatedError(ServerRefusedError):
-    """No credential, or one that the server does not know."""
+    """No session, or one that the server does not know."""
+
+
+class JoinRefusedError(ServerRefusedError):
+    """A join string that does not admit, or none where one is needed."""
+
+
+class SignatureRefusedError(ServerRefusedError):
+    """It is not signed by the key that the server knows."""
+
+
+class ChallengeRefusedError(ServerRefusedError):
+    """A challenge that is too old, was used before, or is of the server before its restart."""
+
+
+class ClientRevokedError(ServerRefusedError):
+    """The membership has ended: the operator removed this client, or it left."""
 
 
 class NotPermittedError(ServerRefusedError):
@@ -149,9 +179,27 @@ REFUSALS: Final[Mapping[ProblemCode, type[ServerRefusedError]]] = MappingProxyTy
     {
         ProblemCode.MALFORMED_REQUEST: ServerRefusedError,
         ProblemCode.NOT_AUTHENTICATED: NotAuthenticatedError,
+        ProblemCode.JOIN_TOKEN_INVALID: JoinRefusedError,
+        ProblemCode.SIGNATURE_INVALID: SignatureRefusedError,
+        ProblemCode.CHALLENGE_INVALID: ChallengeRefusedError,
+        ProblemCode.CLIENT_REVOKED: ClientRevokedError,
         ProblemCode.NOT_PERMITTED: NotPermittedError,
         ProblemCode.NOT_FOUND: NotFoundError,
+        ProblemCode.NOT_ASSIGNED: NotPermittedError,
         ProblemCode.METHOD_NOT_ALLOWED: ServerRefusedError,
+        ProblemCode.HTTP_MALFORMED: ServerRefusedError,
+        ProblemCode.HEAD_TOO_LARGE: ServerRefusedError,
+        ProblemCode.LENGTH_AMBIGUOUS: ServerRefusedError,
+        ProblemCode.HOST_MALFORMED: ServerRefusedError,
+        ProblemCode.PATH_MALFORMED: ServerRefusedError,
+        ProblemCode.EXPECTATION_FAILED: ServerRefusedError,
+        ProblemCode.ENCODING_UNSUPPORTED: ServerRefusedError,
+        ProblemCode.CONTENT_TYPE_UNSUPPORTED: ServerRefusedError,
+        ProblemCode.BODY_TOO_SLOW: ServerRefusedError,
+        ProblemCode.REPEATED_NAME: ServerRefusedError,
+        ProblemCode.TOO_MANY_REQUESTS: ServerRefusedError,
+        ProblemCode.TOO_MANY_UPLOADS: ServerRefusedError,
+        ProblemCode.TRANSFER_EXHAUSTED: ServerRefusedError,
         ProblemCode.PROTOCOL_MISMATCH: ProtocolMismatchError,
         ProblemCode.REQUEST_TOO_LARGE: ServerRefusedError,
         ProblemCode.RANGE_NOT_SATISFIABLE: ServerRefusedError,
@@ -166,6 +214,7 @@ REFUSALS: Final[Mapping[ProblemCode, type[ServerRefusedError]]] = MappingProxyTy
         ProblemCode.TENSOR_SHAPE: DeltaRefusedError,
         ProblemCode.TENSOR_DTYPE: DeltaRefusedError,
         ProblemCode.TENSOR_NOT_FINITE: DeltaRefusedError,
+        ProblemCode.NUM_EXAMPLES_IMPLAUSIBLE: DeltaRefusedError,
         ProblemCode.STORAGE_FULL: ServerRefusedError,
         ProblemCode.INTERNAL: ServerRefusedError,
     }

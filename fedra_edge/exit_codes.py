@@ -7,6 +7,7 @@ from typing import Final
 
 from fedra_edge.errors import (
     BackendUnavailableError,
+    ClientRevokedError,
     ConfigurationError,
     DataError,
     FedraEdgeError,
@@ -14,6 +15,7 @@ from fedra_edge.errors import (
     ServerRefusedError,
     ServerUnreachableError,
     StorageError,
+    WrongServerError,
 )
 
 
@@ -29,19 +31,24 @@ class ExitCode(IntEnum):
     REFUSED = 6
     BACKEND = 7
     STORAGE = 8
+    REVOKED = 9
+    WRONG_SERVER = 10
 
 
 EXIT_CODES_HELP: Final = (
     "Exit codes: 0 done; 1 unexpected error; 2 wrong usage; 3 configuration cannot work; "
     "4 no usable local data; 5 server unreachable; 6 refused by the server; "
-    "7 training runtime missing; 8 disk refused."
+    "7 training runtime missing; 8 disk refused; 9 membership ended by the operator; "
+    "10 not the server that the join string names."
 )
 
 _CODES: Final[tuple[tuple[type[FedraEdgeError], ExitCode], ...]] = (
     (ConfigurationError, ExitCode.CONFIGURATION),
     (DataError, ExitCode.DATA),
     (ServerUnreachableError, ExitCode.UNREACHABLE),
+    (ClientRevokedError, ExitCode.REVOKED),
     (ServerRefusedError, ExitCode.REFUSED),
+    (WrongServerError, ExitCode.WRONG_SERVER),
     (IdentityError, ExitCode.STORAGE),
     (BackendUnavailableError, ExitCode.BACKEND),
     (StorageError, ExitCode.STORAGE),

@@ -10,7 +10,8 @@ from types import FrameType
 from typing import Final
 
 from fedra_edge.client import EdgeClient, Resting
-from fedra_edge.resting import CONTRIBUTED, fall_asleep, hear_signals
+from fedra_edge.protocol.trust import JoinString, is_join_string
+from fedra_edge.resting import CONTRIBUTED, fall_asleep, hear_signals, take_session
 
 _LOOK_S: Final = 0.2
 _MOST_BYTES: Final = 2**15
@@ -46,11 +47,24 @@ def run_in_foreground(client: EdgeClient) -> None:
 def resting_of(arguments: Sequence[str], contributed: int) -> Resting | None:
     """Say how the command that was typed can rest; None when it is too long to be carried along.
 
-    What an earlier rest has added behind the command's name is taken out.
+    What an earlier rest has added behind the command's name is taken out, and so is the secret of
+    a join string: everybody on the machine can read command lines, and the address is enough now.
     """
+    session = take_session()
     if sum(len(os.fsencode(argument)) + 1 for argument in arguments) > _MOST_BYTES:
         return None
     name, *typed = arguments
     if typed[:1] == [CONTRIBUTED]:
         typed = typed[2:]
-    return Resting((name, *typed), contributed)
+    return Resting((name, *map(_without_secret, typed)), contributed, session)
+
+
+def _without_secret(argument: str) -> str:
+    """Leave the address of a join string."""
+    option, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", argument)
+    if not is_join_string(value):
+        return argument
+    try:
+        return f"{option}{equals}{JoinString.parse(value).address}"
+    except ValueError:
+        return argument

@@ -8,7 +8,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from fedra_edge.api import ServerApi
-from fedra_edge.errors import FedraEdgeError, NotFoundError, NotPermittedError
+from fedra_edge.errors import (
+    ClientRevokedError,
+    FedraEdgeError,
+    NotFoundError,
+    NotPermittedError,
+)
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.messages import Heartbeat
 
@@ -64,7 +69,7 @@ class Heartbeats:
             )
             try:
                 self._is_wanted = self._api.heartbeat(beat).is_wanted
-            except (NotFoundError, NotPermittedError):
+            except (ClientRevokedError, NotFoundError, NotPermittedError):
                 self._is_wanted = False
             except FedraEdgeError as error:
                 LOGGER.debug("a heartbeat did not get through: %s", error)

@@ -1,43 +1,48 @@
-"""Who this client is on a server: its id and credential, kept in one private file."""
+"""Who this client is on a server: its id there, and which server that is, in one private file."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fedra_edge.durable_files import (
     StateFile,
     clear_place,
+    remove_durably,
     set_aside,
-    storage_errors,
     write_durably,
 )
 from fedra_edge.errors import IdentityError, StorageError
 from fedra_edge.protocol.ids import ClientId
-from fedra_edge.protocol.wire import ShortText, Token
+from fedra_edge.protocol.wire import HexDigest, Token
 
 LOGGER: Final = logging.getLogger(__name__)
 FILE_NAME: Final = "identity.json"
 _DAMAGED: Final = "damaged"
+_TOKEN: Final[TypeAdapter[str]] = TypeAdapter(Token)
 
 
 class _StoredIdentity(StateFile):
+    """Before version 2, a credential stood in for the key that a client has now."""
+
+    version: Literal[2] = 2  # type: ignore[assignment]
     server: str
     client_id: Token
-    credential: ShortText
+    ca_sha256: HexDigest
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A membership; the credential never shows in a representation or a log."""
+    """A membership: who we are, and on which server, which is named by its authority."""
 
     client_id: ClientId
-    credential: str = field(repr=False)
+    ca_sha256: str
 
 
 def known_servers(home: Path) -> list[str]:
@@ -76,12 +81,12 @@ class IdentityFile:
                 remedy="run the client as the user that enrolled it, or choose another --home",
             ) from error
         except ValidationError:
-            self._set_aside("is damaged or of a newer version")
+            self.set_aside("is damaged or of another version")
             return None
         if stored.server != self._server:
-            self._set_aside("belongs to another server")
+            self.set_aside("belongs to another server")
             return None
-        return Identity(ClientId(stored.client_id), stored.credential)
+        return Identity(ClientId(stored.client_id), stored.ca_sha256)
 
     def save(self, identity: Identity) -> None:
         """Keep an identity; on return it is on disk, readable by the owner only.
@@ -90,7 +95,7 @@ class IdentityFile:
             IdentityError: It cannot be written.
         """
         stored = _StoredIdentity(
-            server=self._server, client_id=identity.client_id, credential=identity.credential
+            server=self._server, client_id=identity.client_id, ca_sha256=identity.ca_sha256
         )
         try:
             write_durably(self._path, stored.model_dump_json(indent=2).encode())
@@ -99,10 +104,19 @@ class IdentityFile:
 
     def forget(self) -> None:
         """Remove the identity, if there is one."""
-        with storage_errors(f"remove {self._path}"):
-            self._path.unlink(missing_ok=True)
+        remove_durably(self._path)
 
-    def _set_aside(self, reason: str) -> None:
+    def former_client_id(self) -> str | None:
+        """Tell who this client was by the latest identity that was set aside, if it says so."""
+        kept = (self._path.parent / _DAMAGED).glob(f"{FILE_NAME}*")
+        files = [path for path in kept if path.is_file()]
+        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return _TOKEN.validate_python(json.loads(path.read_bytes())["client_id"])
+        return None
+
+    def set_aside(self, reason: str) -> None:
+        """Move the file out of the way and say why."""
         kept_at = set_aside(self._path, self._path.parent / _DAMAGED)
         LOGGER.warning(
             "the identity file %s; kept as %s, enrolling anew; headquarters may disregard the "

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,8 +34,8 @@ _STACK_BYTES: Final = 2**20
 
 Fetch = Callable[[BlobRef, Path, OnBytes], str]
 """Completes a file with a blob's bytes, from where it stands, and gives the file's sha256."""
-Begin = Callable[[Mapping[Path, BlobRef], OnBytes], None]
-"""Writes as much of these files as it can; whatever comes is taken up by the fetch of each."""
+Begin = Callable[[Mapping[Path, BlobRef], OnBytes], Collection[Path]]
+"""Writes what it can of these files and names those it completed; a fetch takes up each other."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class LayerCache:
             UnexpectedAnswerError: The server repeatedly sends other bytes than it names.
         """
         with self._lock:
-            self.fetch_all([ref])
             path = self._place(ref.sha256)
+            if not self._is_sound(path, ref):
+                self.fetch_all([ref])
             self._touch(path)
             if self._is_holding:
                 self._pinned.add(path)
@@ -107,13 +109,12 @@ class LayerCache:
                 self._clear_the_way(path)
             self._make_room(missing.values(), keep=wanted.keys() | self._pinned)
             on_bytes = self._meter(sum(ref.size_bytes for ref in missing.values()))
-            if self._begin is not None:
-                begun = Tally(on_bytes)
-                self._begin({_part_of(path): ref for path, ref in missing.items()}, begun)
-                begun.take_back()  # each download counts what it finds
             looked_at, self._looked_at = self._looked_at, -math.inf  # unknown if this fails
             _run_each(
-                [partial(self._download, path, ref, on_bytes) for path, ref in missing.items()]
+                [
+                    partial(self._download, path, missing[path], on_bytes)
+                    for path in self._begun(missing, on_bytes)
+                ]
             )
             self._used_bytes += sum(ref.size_bytes for ref in missing.values())
             self._looked_at = looked_at
@@ -153,18 +154,39 @@ class LayerCache:
 
     def _is_sound(self, path: Path, ref: BlobRef) -> bool:
         with storage_errors(f"read {path}"):
-            if not path.is_file():
+            size_bytes = _size_of_file(path)
+            if size_bytes is None:
                 return False
             is_known = ref.sha256 in self._verified
-            if path.stat().st_size == ref.size_bytes and (
-                is_known or sha256_of_file(path) == ref.sha256
-            ):
+            if size_bytes == ref.size_bytes and (is_known or sha256_of_file(path) == ref.sha256):
                 self._verified.add(ref.sha256)
                 return True
             LOGGER.warning("cached file %s is damaged; fetching it again", path.name[:12])
             self._verified.discard(ref.sha256)
             path.unlink()
             return False
+
+    def _begun(self, missing: Mapping[Path, BlobRef], on_bytes: OnBytes) -> list[Path]:
+        """Bring together what comes together; name what is still missing."""
+        if self._begin is None:
+            return list(missing)
+        begun = Tally(on_bytes)
+        complete = self._begin({_part_of(path): ref for path, ref in missing.items()}, begun)
+        begun.take_back()  # each download counts what it finds
+        rest = []
+        for path, ref in missing.items():
+            part = _part_of(path)
+            if part in complete:
+                self._keep(part, path, ref)
+                on_bytes(ref.size_bytes)
+            else:
+                rest.append(path)
+        return rest
+
+    def _keep(self, part: Path, path: Path, ref: BlobRef) -> None:
+        with storage_errors(f"keep {path}"):
+            part.replace(path)
+        self._verified.add(ref.sha256)
 
     def _clear_the_way(self, path: Path) -> None:
         with storage_errors(f"create {path.parent}"):
@@ -177,11 +199,10 @@ class LayerCache:
         part = _part_of(path)
         for _ in range(_MAX_DAMAGED):
             digest = self._fetch(ref, part, on_bytes)
-            with storage_errors(f"keep {path}"):
-                if digest == ref.sha256:
-                    part.replace(path)
-                    self._verified.add(ref.sha256)
-                    return
+            if digest == ref.sha256:
+                self._keep(part, path, ref)
+                return
+            with storage_errors(f"drop {part}"):
                 part.unlink()
             on_bytes(-ref.size_bytes)
             LOGGER.warning("downloaded file %s has another digest", path.name[:12])
@@ -252,6 +273,15 @@ def _entries(directory: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:
         return []
+
+
+def _size_of_file(path: Path) -> int | None:
+    """Look at a file; None when there is none, or something else."""
+    try:
+        state = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) else None
 
 
 def _part_of(path: Path) -> Path:

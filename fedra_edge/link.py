@@ -26,23 +26,39 @@ class Link:
 
     ``proxy`` and ``ca_file`` win over HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE. ``idle_s`` is how
     long nothing at all may happen on a connection before it is given up; a transfer that goes on
-    may take any time.
+    may take any time. ``is_pinned`` says that the file holds what a join string named;
+    ``is_verified`` is false only while a server is met whose authority is not known yet.
     """
 
     proxy: str | None = field(default=None, repr=False)  # it may hold a password
     ca_file: str | None = None
     max_bytes_per_s: int | None = None
     idle_s: float = IDLE_S
+    is_pinned: bool = False
+    is_verified: bool = True
 
 
-def trusted(ca_file: str | None) -> ssl.SSLContext | bool:
+def trusted(link: Link) -> ssl.SSLContext | bool:
     """Read whom to trust; True leaves it to the environment.
 
     Raises:
         ConfigurationError: The file cannot be read, or holds no certificate.
     """
-    if ca_file is None:
+    if not link.is_verified:
+        return _trusting_anybody()
+    if link.ca_file is None:
         return True
+    return _trusting(link.ca_file)
+
+
+def _trusting_anybody() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _trusting(ca_file: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:

@@ -12,18 +12,34 @@ from fedra_edge.errors import (
     ConfigurationError,
     ServerUnreachableError,
     UnexpectedAnswerError,
+    UntrustedServerError,
 )
 
 CHECK_PROXY: Final = "check --proxy and its account, or HTTPS_PROXY and NO_PROXY"
+_PLAIN_HTTP_SIGNS: Final = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
+"""What OpenSSL says, by its version, of an answer that is no TLS."""
+
 _PORTS: Final = {"http": 80, "https": 443}
+_UNVERIFIED: Final = "CERTIFICATE_VERIFY_FAILED"
+_UNKNOWN_AUTHORITY: Final = (
+    "join with the join string that headquarters gives out, or give the certificate authority of "
+    "your plant or proxy as --ca-file"
+)
+_OTHER_THAN_PINNED: Final = (
+    "something on the way may pose as the server: if that is a proxy of your plant that inspects "
+    "TLS, give its certificate authority as --ca-file; if headquarters set its server up anew, run "
+    "`fedra-edge leave --forget` and join with a new join string; if it has got a new address, "
+    "headquarters names it as one of `host_names` in its server.toml"
+)
 
 
 class Way:
     """Where a request's connection was opened to, if one was: the server, or a proxy on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_pinned: bool = False) -> None:
         self.proxy = ""
         self.is_open = True
+        self.is_pinned = is_pinned
 
     def note(self, event: str, info: Mapping[str, Any], url: httpx.URL) -> None:
         """Take note of what the HTTP library tells of a connection."""
@@ -50,6 +66,7 @@ def mapped_errors(way: Way) -> Iterator[None]:
     Raises:
         ConfigurationError: The request can never be sent.
         ServerUnreachableError: There is no answer.
+        UntrustedServerError: There is nobody there whom we trust.
         UnexpectedAnswerError: There is one that cannot be read.
     """
     try:
@@ -65,16 +82,26 @@ def mapped_errors(way: Way) -> Iterator[None]:
         raise UnexpectedAnswerError(f"the answer cannot be decoded: {error}") from error
     except httpx.RequestError as error:
         reason = str(error) or type(error).__name__
+        if _UNVERIFIED in reason:
+            raise UntrustedServerError(
+                f"{way.goal} cannot be trusted: {reason}",
+                remedy=_OTHER_THAN_PINNED if way.is_pinned else _UNKNOWN_AUTHORITY,
+            ) from error
         raise ServerUnreachableError(
             f"{way.goal} cannot be reached: {reason}", remedy=_remedy_of(error, way)
         ) from error
 
 
 def _remedy_of(error: httpx.RequestError, way: Way) -> str:
-    if "CERTIFICATE" in str(error):
-        return "give the certificate authority of your plant or proxy as --ca-file"
     if isinstance(error, httpx.ProxyError):
         return CHECK_PROXY
     if way.proxy and not way.is_open:
         return "check that the proxy runs, and --proxy, or HTTPS_PROXY and NO_PROXY"
     return "check that the server runs and that --server is its address"
+
+
+def remedy_of(error: ServerUnreachableError) -> str:
+    """Tell what to do, also when an https address leads to a server of plain http."""
+    if any(sign in str(error) for sign in _PLAIN_HTTP_SIGNS):
+        return "the server seems to speak plain http; try http:// instead of https://"
+    return error.remedy

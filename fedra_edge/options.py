@@ -11,7 +11,14 @@ import typer
 from fedra_edge.protocol.fitting import DepthPolicy
 
 Server = Annotated[
-    str | None, typer.Option(help="The server's address.", envvar="FEDRA_EDGE_SERVER")
+    str | None,
+    typer.Option(
+        metavar="JOIN-STRING|ADDRESS",
+        help="What headquarters gives out (`fedra-server token create`); once this home has "
+        "joined, the address, or nothing where it knows one server only.",
+        envvar="FEDRA_EDGE_SERVER",
+        show_envvar=True,
+    ),
 ]
 Home = Annotated[
     Path | None,
@@ -39,7 +46,17 @@ Proxy = Annotated[
 ]
 CaFile = Annotated[
     Path | None,
-    typer.Option(help="Trust this certificate authority (PEM) only; else as SSL_CERT_FILE says."),
+    typer.Option(
+        help="Trust this certificate authority (PEM) only, such as that of a proxy that inspects "
+        "TLS; else the one of the join string, or as SSL_CERT_FILE says."
+    ),
+]
+InsecureHttp = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-http",
+        help="Take plain http to another machine, which everybody on the way can read and alter.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more to standard error.")]
@@ -81,6 +98,12 @@ _OF_A_RUN: Final = (
     "data", "examples", "rank", "batch_size", "local_epochs", "max_steps", "optimizer", "depth",
     "deadline",
 )  # fmt: skip
+
+
+def way_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what a command was told of the way to the server, as far as it was told."""
+    told = {name: params.get(name) for name in ("proxy", "ca_file", "insecure_http")}
+    return {name: value for name, value in told.items() if value}
 
 
 def run_options(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import contextlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -37,35 +38,43 @@ _STAMP_STEP_NS: Final = 1000
 
 @dataclass(frozen=True)
 class Parcel:
-    """A delta that waits to be sent."""
+    """A delta that waits to be sent; nobody has tried that yet with a new one."""
 
     manifest: DeltaManifest
     file: Path
+    is_new: bool = False
 
 
 class Outbox:
-    """A directory with two files per delta; the manifest is written last and makes it complete."""
+    """A directory with two files per delta; the manifest is written last and makes it complete.
+
+    What this process has written, and nobody has touched since, is not read to be sent.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._written: dict[AssignmentId, tuple[Parcel, tuple[int, ...]]] = {}
 
     def put(
         self,
         assignment_id: AssignmentId,
-        tensors: bytes,
+        tensors: Sequence[bytes | memoryview],
         *,
         num_examples: int,
         report: TrainingReport,
     ) -> Parcel:
-        """Keep a delta; on return it survives a crash.
+        """Keep a delta that comes in parts; on return it survives a crash.
 
         Raises:
             StorageError: It cannot be written.
         """
+        digest = sha256()
+        for part in tensors:
+            digest.update(part)
         manifest = DeltaManifest(
             assignment_id=assignment_id,
-            sha256=sha256(tensors).hexdigest(),
-            size_bytes=len(tensors),
+            sha256=digest.hexdigest(),
+            size_bytes=sum(map(len, tensors)),
             num_examples=num_examples,
             report=report,
         )
@@ -75,12 +84,15 @@ class Outbox:
             self._drop_unfinished()  # tensors whose manifest the disk did not take
         for path in (file, place):
             clear_place(path, self._directory / _DAMAGED)
-        write_synced(file, [tensors])  # the manifest's name lasts with this one's
+        write_synced(file, tensors)  # the manifest's name lasts with this one's
         fault_point("outbox.tensors")
         write_durably(place, json.dumps(stored).encode())
         self._make_newest(place)
         fault_point("outbox.kept")
-        return Parcel(manifest, file)
+        parcel = Parcel(manifest, file, is_new=True)
+        with storage_errors(f"write {place}"):
+            self._written[assignment_id] = parcel, self._stamps(assignment_id)
+        return parcel
 
     def _make_newest(self, path: Path) -> None:
         """Let a file come last in time, also when the clock has gone back since the others."""
@@ -94,7 +106,18 @@ class Outbox:
                 os.utime(path, ns=(newest_ns + _STAMP_STEP_NS, newest_ns + _STAMP_STEP_NS))
 
     def _manifests(self) -> list[Path]:
-        return list(self._directory.glob(f"*{_MANIFEST}"))
+        return [path for path in self._files() if path.suffix == _MANIFEST]
+
+    def _files(self) -> list[Path]:
+        try:
+            return list(self._directory.iterdir())
+        except FileNotFoundError:
+            return []
+
+    def _stamps(self, assignment_id: AssignmentId) -> tuple[int, ...]:
+        """Tell what a write to either file of a delta would change."""
+        states = [self._file(assignment_id, suffix).stat() for suffix in (_TENSORS, _MANIFEST)]
+        return tuple(it for state in states for it in (state.st_size, state.st_ctime_ns))
 
     def parcels(self) -> list[Parcel]:
         """Read what waits, the oldest first; what is damaged is set aside in ``damaged/``.
@@ -121,6 +144,7 @@ class Outbox:
         with storage_errors(f"tidy up {self._directory}"):
             self._file(assignment_id, _MANIFEST).unlink(missing_ok=True)
             self._file(assignment_id, _TENSORS).unlink(missing_ok=True)
+        self._written.pop(assignment_id, None)
 
     def refuse(self, assignment_id: AssignmentId) -> None:
         """Move a delta that the server does not want to ``refused/``, where it stays."""
@@ -128,11 +152,10 @@ class Outbox:
 
     def _drop_unfinished(self) -> None:
         """Remove what a process that was killed did not complete."""
-        for path in self._directory.glob(f"*{_TENSORS}"):
-            if path.is_file() and not self.has(AssignmentId(path.stem)):
+        for path in self._files():
+            is_orphan = path.suffix == _TENSORS and not self.has(AssignmentId(path.stem))
+            if path.suffix == UNFINISHED or (is_orphan and path.is_file()):
                 path.unlink()
-        for path in self._directory.glob(f"*{UNFINISHED}"):
-            path.unlink()
 
     def _look_at(self, path: Path) -> Parcel | None:
         try:
@@ -148,6 +171,10 @@ class Outbox:
             storage_errors(f"read {path}"),
             contextlib.suppress(ValidationError, FileNotFoundError, IsADirectoryError),
         ):
+            parcel, stamps = self._written.get(assignment_id, (None, ()))
+            if parcel is not None and stamps == self._stamps(assignment_id):
+                self._written[assignment_id] = replace(parcel, is_new=False), stamps
+                return parcel
             content = path.read_bytes()
             StateFile.model_validate_json(content)
             manifest = DeltaManifest.model_validate_json(content)
@@ -167,6 +194,7 @@ class Outbox:
         return None
 
     def _set_aside(self, assignment_id: AssignmentId, folder: str) -> None:
+        self._written.pop(assignment_id, None)
         for suffix in (_MANIFEST, _TENSORS):
             path = self._file(assignment_id, suffix)
             if path.exists():

@@ -17,12 +17,14 @@ from fedra_edge.data.preparing import WrongKindError
 from fedra_edge.deltas import compute_delta, pack_delta
 from fedra_edge.errors import (
     BackendUnavailableError,
+    ClientRevokedError,
     DataError,
     FedraEdgeError,
     NotAuthenticatedError,
     ProtocolMismatchError,
     ServerRefusedError,
     ServerUnreachableError,
+    SignatureRefusedError,
     SliceError,
     StorageFullError,
     WorkInterrupted,
@@ -54,7 +56,13 @@ from fedra_edge.training.trainer import BlockCost, Surroundings, TrainedSlice, T
 from fedra_edge.transport import Traffic, Transport
 
 LOGGER: Final = logging.getLogger(__name__)
-FATAL: Final = (NotAuthenticatedError, ProtocolMismatchError, BackendUnavailableError)
+FATAL: Final = (
+    NotAuthenticatedError,
+    ClientRevokedError,
+    SignatureRefusedError,
+    ProtocolMismatchError,
+    BackendUnavailableError,
+)
 """Errors after which nothing this client could be asked to do would work."""
 _FOR_SPACE: Final = RetryPolicy(first_wait_s=0.5, max_wait_s=10.0)
 _NOT_WANTED: Final = (
@@ -216,7 +224,7 @@ class Participation:
             delta = pack_delta(compute_delta(work.adapters, trained.adapters))
         report = self._training_report(trained, meter, guard)
         put = partial(self._equipment.outbox.put, num_examples=trained.num_examples, report=report)
-        self._keep(lambda: put(manifest.id, delta), len(delta), beats)
+        self._keep(lambda: put(manifest.id, delta), sum(map(len, delta)), beats)
         drop_checkpoints(self._equipment.config.checkpoints)
 
     def _keep(self, put: Callable[[], object], size_bytes: int, beats: Heartbeats) -> None:

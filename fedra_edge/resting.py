@@ -21,7 +21,12 @@ from typing import Final, NoReturn, Self
 
 from fedra_edge.api import ServerApi
 from fedra_edge.control import Control
-from fedra_edge.errors import FedraEdgeError, ServerRefusedError, WorkInterrupted
+from fedra_edge.errors import (
+    ConfigurationError,
+    FedraEdgeError,
+    ServerRefusedError,
+    WorkInterrupted,
+)
 from fedra_edge.exit_codes import exit_code_of
 from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import IdentityFile
@@ -29,6 +34,7 @@ from fedra_edge.link import Link
 from fedra_edge.profiling import SiteCaps, is_other_memory, measure_usable_memory
 from fedra_edge.protocol.rounds import Assignment, Wait
 from fedra_edge.retrying import Retrier
+from fedra_edge.sessions import GivenSession
 from fedra_edge.transport import Transport, open_http_client
 
 CAN_REST: Final = os.name == "posix"
@@ -36,6 +42,7 @@ CONTRIBUTED: Final = "--contributed"
 """The hidden option that carries a client's count of contributions through its rests."""
 
 _PROXY: Final = "FEDRA_EDGE_PROXY"
+_SESSION: Final = "FEDRA_EDGE_RESTING_SESSION"
 _BREATH_S: Final = 1.0
 _START: Final = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
@@ -46,7 +53,10 @@ _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Rest:
-    """What a resting client must know; ``command`` is how the client itself was started."""
+    """What a resting client must know; ``command`` is how the client itself was started.
+
+    It asks with the ``session`` it is given and cannot make one, which would take memory.
+    """
 
     server: str
     home: Path
@@ -56,10 +66,11 @@ class Rest:
     contributed: int
     command: tuple[str, ...]
     link: Link = field(default_factory=Link)
+    session: str | None = field(default=None, repr=False)
 
     def to_json(self) -> str:
-        """Write it down for all to see, so without the proxy, which may hold a password."""
-        shown = replace(self, link=replace(self.link, proxy=None))
+        """Write it down for all to see: without session, and proxy, which may hold a password."""
+        shown = replace(self, link=replace(self.link, proxy=None), session=None)
         return json.dumps(asdict(shown), default=str)
 
     @classmethod
@@ -69,18 +80,31 @@ class Rest:
         values |= {name: Path(values[name]) for name in ("home", "membership")}
         caps = SiteCaps(**values.pop("caps"))
         link = replace(Link(**values.pop("link")), proxy=os.environ.get(_PROXY))
+        values["session"] = take_session()
         return cls(caps=caps, link=link, command=tuple(values.pop("command")), **values)
+
+    def hand_over(self) -> None:
+        """Leave to the next program what nobody else may see."""
+        if self.link.proxy is not None:
+            os.environ[_PROXY] = self.link.proxy
+        if self.session is not None:
+            os.environ[_SESSION] = self.session
+
+
+def take_session() -> str | None:
+    """Take the session that the program before this one has left."""
+    return os.environ.pop(_SESSION, None)
 
 
 def fall_asleep(rest: Rest, told_to_stop: threading.Event) -> NoReturn:
     """Put this program in place of the one that runs, which may have been told to stop just now."""
-    if rest.link.proxy is not None:
-        os.environ[_PROXY] = rest.link.proxy
+    rest.hand_over()
     _become("fedra_edge.resting", (rest.to_json(),), told_to_stop)
 
 
 def wake_up(rest: Rest, told_to_stop: threading.Event) -> NoReturn:
     """Put the whole client back in place, which then hears if it is to stop."""
+    rest.hand_over()
     name, *arguments = rest.command
     added = (CONTRIBUTED, str(rest.contributed))
     _become("fedra_edge", (name, *added, *arguments), told_to_stop)
@@ -98,14 +122,17 @@ def is_there_work(rest: Rest, told_to_stop: threading.Event) -> bool:
     Raises:
         FedraEdgeError: The home is in use or cannot be read.
     """
-    transport = Transport(open_http_client(rest.server, rest.link), rest.link)
+    try:
+        transport = Transport(open_http_client(rest.server, rest.link), rest.link)
+    except ConfigurationError:  # such as a pin that is gone
+        return True  # the whole client knows what to do, or to say
     control = Control(on_stop=transport.interrupt)
     _stop_on_signals(control, told_to_stop)
     with home_lock(rest.home):
         identity = IdentityFile(rest.membership, rest.server).load()
-        if identity is None:
+        if identity is None or rest.session is None:
             return True
-        transport.authenticate(identity.credential)
+        transport.authenticate(GivenSession(rest.session))
         api = ServerApi(transport, Retrier(control.stopping))
         memory_bytes = measure_usable_memory(rest.caps)
         try:

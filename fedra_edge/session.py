@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from fedra_edge.enrolling import Enrolment
 from fedra_edge.errors import (
     FedraEdgeError,
     ServerRefusedError,
@@ -14,15 +15,14 @@ from fedra_edge.errors import (
     StorageError,
     WorkInterrupted,
 )
-from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Parcel
 from fedra_edge.participation import FATAL, Equipment, Participation
 from fedra_edge.profiling import is_other_memory
 from fedra_edge.progress import Phase
 from fedra_edge.protocol.devices import DeviceProfile
 from fedra_edge.protocol.fault_points import fault_point
-from fedra_edge.protocol.ids import AssignmentId, ClientId
-from fedra_edge.protocol.messages import EnrolRequest, RejoinRequest
+from fedra_edge.protocol.ids import AssignmentId
+from fedra_edge.protocol.messages import RejoinRequest
 from fedra_edge.protocol.rounds import Assignment, Stop, Train, Wait
 from fedra_edge.retrying import RetryPolicy
 
@@ -41,7 +41,7 @@ class Session:
     def __init__(
         self,
         equipment: Equipment,
-        identity_file: IdentityFile,
+        enrolment: Enrolment,
         measure: Callable[[], DeviceProfile],
         *,
         may_rest: bool = False,
@@ -50,7 +50,7 @@ class Session:
         self._api = equipment.api
         self._control = equipment.control
         self._board = equipment.board
-        self._identity_file = identity_file
+        self._enrolment = enrolment
         self._measure = measure
         self._profile = measure()
         self._told_at = -_TELLING_S
@@ -68,6 +68,7 @@ class Session:
 
         Raises:
             ServerRefusedError: The server does not accept this client.
+            WrongServerError: Another server answers than the one that is meant.
             DataError: No local example can be trained on.
             BackendUnavailableError: The training runtime does not work.
             StorageError: The home cannot be read or written.
@@ -97,6 +98,7 @@ class Session:
                 is_held = self._note_waiting(wait)
                 is_done = self._participation.prepare(wait)
                 self._tell_changed_memory()
+                self._enrolment.rotate_key_when_due()
                 self._pace(is_done=is_done, held_since=asked_at if is_held else None)
                 self.is_resting = self._is_time_to_rest(is_idle=is_held)
             case Train() as train:
@@ -109,16 +111,11 @@ class Session:
         """Come back as who we were, or become a member."""
         config = self._equipment.config
         self._board.update(phase=Phase.CONNECTING, detail=f"connecting to {config.server}")
-        identity = self._identity_file.load()
+        identity = self._enrolment.come_back()
         if identity is None:
-            request = EnrolRequest(name=config.name, profile=self._profile, run=config.run)
-            receipt = self._api.enrol(request)
-            identity = Identity(ClientId(receipt.client_id), receipt.credential)
-            self._identity_file.save(identity)
-            self._equipment.transport.authenticate(identity.credential)
+            identity = self._enrolment.enrol(self._profile)
             LOGGER.info("enrolled at %s as client %s", config.server, identity.client_id)
         else:
-            self._equipment.transport.authenticate(identity.credential)
             self._rejoin()
             LOGGER.info("back at %s as client %s", config.server, identity.client_id)
         self._board.update(client_id=identity.client_id)
@@ -192,7 +189,9 @@ class Session:
     def _send(self, parcel: Parcel) -> None:
         assignment_id = parcel.manifest.id
         try:
-            receipt = self._api.send_delta(parcel.manifest, parcel.file, _DELIVERY)
+            receipt = self._api.send_delta(
+                parcel.manifest, parcel.file, _DELIVERY, is_new=parcel.is_new
+            )
         except FATAL:
             raise
         except ServerRefusedError as error:

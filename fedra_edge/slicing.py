@@ -22,7 +22,12 @@ from fedra_edge.protocol.models import (
 )
 from fedra_edge.protocol.rounds import EvaluationTask
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
-from fedra_edge.protocol.tensors import FloatArray, MalformedTensorsError, read_header, read_tensor
+from fedra_edge.protocol.tensors import (
+    FloatArray,
+    MalformedTensorsError,
+    read_declared,
+    read_header,
+)
 from fedra_edge.training.trainer import (
     GraphFiles,
     PieceFile,
@@ -153,7 +158,7 @@ def read_checked(path: Path, shapes: Mapping[str, Shape], what: str) -> dict[str
                 raise SliceError(
                     f"{what}: {name} is {info.dtype} {info.shape}, not F32 {shapes[name]}"
                 )
-        return {name: read_tensor(path, info) for name, info in header.items()}
+        return read_declared(path, header)
     except MalformedTensorsError as error:
         raise SliceError(f"{what} is no tensor file: {error}") from error
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -32,8 +34,10 @@ from fedra_edge.transport import Request, Transport, json_request
 
 APPEND_BYTES: Final = 8 * 2**20
 """How much of a delta goes in one request; the server's answer says that it is on its disk."""
+_WHOLE_BYTES: Final = 4 * 2**20
+"""How large a delta may be that is sent before the server has said that it wants it."""
 _PARTIAL: Final = 206
-_PORTION_BYTES: Final = 2**15
+_PORTION_BYTES: Final = 2**16
 _UNSENT_BYTES: Final = 32 * 10**6
 """Counts what the system still has to send, over the slowest link, like work of the server."""
 
@@ -140,6 +144,7 @@ class Upload:
         manifest: What the delta is.
         file: Where it lies.
         on_bytes: Told of all bytes that are on their way or at the server.
+        is_new: Nothing of it was sent before, so that a small one goes in one request.
     """
 
     def __init__(
@@ -148,12 +153,15 @@ class Upload:
         manifest: DeltaManifest,
         file: Path,
         on_bytes: OnBytes = unwatched,
+        *,
+        is_new: bool = False,
     ) -> None:
         self._transport = transport
         self._manifest = manifest
         self._file = file
         self._on_bytes = on_bytes
         self._told_bytes = 0
+        self._goes_whole = is_new and manifest.size_bytes <= _WHOLE_BYTES
 
     def complete(self) -> DeltaReceipt:
         """Bring the delta to the server, from the byte on that the server does not hold yet.
@@ -181,6 +189,12 @@ class Upload:
     def _send(self) -> DeltaReceipt:
         failure: ServerUnreachableError | None = None
         reached = 0
+        if self._goes_whole:
+            self._goes_whole = False
+            try:
+                return self._transport.ask(self._whole(), DeltaReceipt)
+            except ServerUnreachableError as error:
+                failure = error
         while True:
             status = self._transport.ask(self._announcement(), UploadStatus)
             if failure is not None and status.offset_bytes <= reached:
@@ -202,6 +216,22 @@ class Upload:
     def _announcement(self) -> Request:
         return json_request(routes.UPLOAD_CREATE, routes.UPLOAD_CREATE.path, self._manifest)
 
+    def _whole(self) -> Request:
+        announcement = self._manifest.model_dump_json().encode()
+        size_bytes = self._manifest.size_bytes
+        headers = {
+            routes.MANIFEST_LENGTH_HEADER: str(len(announcement)),
+            "Content-Type": "application/partial-upload",
+            "Content-Length": str(len(announcement) + size_bytes),
+        }
+        return Request(
+            routes.UPLOAD_WHOLE,
+            routes.UPLOAD_WHOLE.path,
+            headers=headers,
+            content=lambda: chain([announcement], self._told(0, size_bytes)),
+            work_bytes=_UNSENT_BYTES + size_bytes,
+        )
+
     def _append(
         self, upload_id: UploadId, offset: int, size_bytes: int, *, complete: bool
     ) -> Request:
@@ -216,7 +246,7 @@ class Upload:
             routes.UPLOAD_APPEND,
             routes.UPLOAD_APPEND.fill(upload_id=upload_id),
             headers=headers,
-            content=self._told(offset, size_bytes) if size_bytes else b"",
+            content=partial(self._told, offset, size_bytes) if size_bytes else b"",
             work_bytes=_UNSENT_BYTES + (self._manifest.size_bytes if complete else size_bytes),
         )
 

@@ -7,28 +7,26 @@ import logging
 import socket
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import httpx
 from pydantic import ValidationError
 
 from fedra_edge.bandwidth import Bandwidth
 from fedra_edge.errors import (
-    REFUSALS,
     ConfigurationError,
     FedraEdgeError,
-    NotThereError,
-    OffsetMismatchError,
+    NotAuthenticatedError,
     ProtocolMismatchError,
     ServerUnreachableError,
     UnexpectedAnswerError,
 )
 from fedra_edge.link import Link, trusted, tune
-from fedra_edge.network_errors import CHECK_PROXY, Way, mapped_errors
+from fedra_edge.network_errors import Way, mapped_errors
 from fedra_edge.protocol.problems import Problem, ProblemCode
-from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER, Route
+from fedra_edge.protocol.routes import Route
 from fedra_edge.protocol.version import (
     PROTOCOL_HEADER,
     PROTOCOL_VERSION,
@@ -36,26 +34,16 @@ from fedra_edge.protocol.version import (
     skew,
     upgrade_advice,
 )
-from fedra_edge.protocol.wire import WireModel, byte_count_of
+from fedra_edge.protocol.wire import WireModel
+from fedra_edge.refusals import WRONG_ADDRESS, check_encoding, refusal_of
 
 LOGGER: Final = logging.getLogger(__name__)
 CONNECT_S: Final = 10.0
 _UNPUNCTUAL_S: Final = 10.0
 _SLOWEST_WORK_BYTES_PER_S: Final = 10**6
 """How slowly a server may check and sync what it was sent without being taken for gone."""
-_NOT_FOUND: Final = 404
-_WHO_ARE_YOU: Final = 407
-_NOT_NOW: Final = frozenset({408, 425, 429})
 _MAX_PROBLEM_BYTES: Final = 64 * 1024
 _MAX_ANSWER_BYTES: Final = 64 * 2**20
-_WRONG_ADDRESS: Final = (
-    "check that --server is the address of a Fedra server, not of a proxy or portal"
-)
-_REMEDIES: Final = {
-    ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave` to drop the identity that this server "
-    "does not know, then join again",
-    ProblemCode.PROTOCOL_MISMATCH: "install the client release that belongs to this server",
-}
 
 _DIRECT: Final = Link()
 
@@ -70,10 +58,23 @@ class Traffic:
     bytes_sent: int
 
 
+class Sessions(Protocol):
+    """Where the bearer secret of requests comes from; any thread may ask."""
+
+    def get(self) -> str:
+        """Give the session, made now if there was none."""
+        ...
+
+    def renew(self, stale: str) -> str | None:
+        """Give another one than this, which has ended; None when there is no other."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
-    """One call, ready to be sent; ``content`` may be produced while it is sent.
+    """One call, ready to be sent; ``content`` may be produced each time that it is sent.
 
+    ``is_anonymous`` is what needs no session, and makes them.
     The server may be silent for the link's idle time, for ``wait_s`` when it was asked to hold
     its answer back so long, and while it works through ``work_bytes``.
     """
@@ -82,9 +83,10 @@ class Request:
     path: str
     query: Mapping[str, str | float] | None = None
     headers: Mapping[str, str] | None = None
-    content: bytes | Iterable[bytes] = b""
+    content: bytes | Callable[[], Iterable[bytes]] = b""
     wait_s: float = 0.0
     work_bytes: int = 0
+    is_anonymous: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,21 @@ class Answer:
     content: bytes
 
 
-def json_request(route: Route, path: str, body: WireModel | None = None) -> Request:
+def json_request(
+    route: Route, path: str, body: WireModel | None = None, *, is_anonymous: bool = False
+) -> Request:
     """Prepare a call whose body, if any, is a value."""
     if body is None:
-        return Request(route, path)
+        return Request(route, path, is_anonymous=is_anonymous)
+    media = {"Content-Type": "application/json"}
     content = body.model_dump_json().encode()
-    return Request(route, path, headers={"Content-Type": "application/json"}, content=content)
+    return Request(route, path, headers=media, content=content, is_anonymous=is_anonymous)
 
 
 def open_http_client(server: str, link: Link = _DIRECT) -> httpx.Client:
     """Open the connection pool; what the link does not say comes from the environment."""
     try:
-        return httpx.Client(base_url=server, proxy=link.proxy, verify=trusted(link.ca_file))
+        return httpx.Client(base_url=server, proxy=link.proxy, verify=trusted(link))
     except (httpx.InvalidURL, ValueError, OSError, ImportError) as error:
         raise ConfigurationError(
             f"cannot prepare connections to {server}: {error}",
@@ -121,9 +126,9 @@ class Transport:
         self, client: httpx.Client, link: Link = _DIRECT, bandwidth: Bandwidth | None = None
     ) -> None:
         self._client = client
-        self._idle_s = link.idle_s
+        self.link = link
         self.bandwidth = bandwidth or Bandwidth(link.max_bytes_per_s)
-        self._credential: str | None = None
+        self._sessions: Sessions | None = None
         self._lock = threading.Lock()
         self._bytes_received = 0
         self._bytes_sent = 0
@@ -131,9 +136,15 @@ class Transport:
         self._interrupted = threading.Event()
         self._server_speaks = PROTOCOL_VERSION
 
-    def authenticate(self, credential: str) -> None:
-        """Send this credential with every request from now on."""
-        self._credential = credential
+    def authenticate(self, sessions: Sessions) -> None:
+        """Send a session with every request from now on, and a new one when it has ended."""
+        self._sessions = sessions
+
+    def trust(self, link: Link) -> None:
+        """Go over another link from now on, with new connections; none may be in use."""
+        before, server = self._client, str(self._client.base_url)
+        self._client, self.link = open_http_client(server, link), link
+        before.close()
 
     @property
     def traffic(self) -> Traffic:
@@ -173,26 +184,43 @@ class Transport:
                     raise UnexpectedAnswerError(
                         f"{request.route.method} {request.path} was answered by more than "
                         f"{_MAX_ANSWER_BYTES} bytes",
-                        remedy=_WRONG_ADDRESS,
+                        remedy=WRONG_ADDRESS,
                     )
             return Answer(response.headers, bytes(content))
 
     @contextlib.contextmanager
     def stream(self, request: Request) -> Iterator[httpx.Response]:
-        """Send a request and give the answer before its body is read; refusals are raised."""
-        if self._client.is_closed:
-            raise ServerUnreachableError("this client's connections are closed")
-        way = Way()
-        with mapped_errors(way):
-            response = self._client.send(self._build(request, way), stream=True)
+        """Send a request and give the answer before its body is read; refusals are raised.
+
+        It is sent once more when the session has ended.
+        """
+        sessions = None if request.is_anonymous else self._sessions
+        session = sessions.get() if sessions is not None else None
         try:
-            self._check_version(response)
-            if not response.is_success:
-                raise self._refusal(response)
-            _check_encoding(response)
+            response = self._answer(request, session)
+        except NotAuthenticatedError:
+            renewed = sessions.renew(session) if sessions is not None and session else None
+            if renewed is None:
+                raise
+            response = self._answer(request, renewed)
+        try:
             yield response
         finally:
             response.close()
+
+    def _answer(self, request: Request, session: str | None) -> httpx.Response:
+        """Send a request and give the answer if it is a good one; it is to be closed."""
+        if self._client.is_closed:
+            raise ServerUnreachableError("this client's connections are closed")
+        way = Way(is_pinned=self.link.is_pinned)
+        with mapped_errors(way):
+            response = self._client.send(self._build(request, session, way), stream=True)
+        try:
+            self._check(response)
+        except BaseException:
+            response.close()
+            raise
+        return response
 
     def received(self, response: httpx.Response) -> Iterator[bytes]:
         """Yield the answer's body as it comes, counted."""
@@ -224,15 +252,15 @@ class Transport:
         """Close all connections."""
         self._client.close()
 
-    def _build(self, request: Request, way: Way) -> httpx.Request:
+    def _build(self, request: Request, session: str | None, way: Way) -> httpx.Request:
         headers = {
             PROTOCOL_HEADER: PROTOCOL_VERSION,
             "Accept-Encoding": "identity",
             **(request.headers or {}),
         }
-        if self._credential is not None:
-            headers["Authorization"] = f"Bearer {self._credential}"
-        timeout = httpx.Timeout(self._idle_s, connect=CONNECT_S, read=self._patience_s(request))
+        if session is not None:
+            headers["Authorization"] = f"Bearer {session}"
+        timeout = httpx.Timeout(self.link.idle_s, connect=CONNECT_S, read=self._patience_s(request))
         built = self._client.build_request(
             request.route.method,
             request.path,
@@ -253,14 +281,14 @@ class Transport:
     def _patience_s(self, request: Request) -> float:
         """Tell how long the server may be silent; one that holds an answer back is punctual."""
         if request.wait_s:
-            return request.wait_s + min(self._idle_s, _UNPUNCTUAL_S)
-        return self._idle_s + request.work_bytes / _SLOWEST_WORK_BYTES_PER_S
+            return request.wait_s + min(self.link.idle_s, _UNPUNCTUAL_S)
+        return self.link.idle_s + request.work_bytes / _SLOWEST_WORK_BYTES_PER_S
 
-    def _counted(self, content: bytes | Iterable[bytes]) -> bytes | Iterator[bytes]:
+    def _counted(self, content: bytes | Callable[[], Iterable[bytes]]) -> bytes | Iterator[bytes]:
         if isinstance(content, bytes):
             self._count(sent=len(content))
             return content
-        return self._count_while_sending(content)
+        return self._count_while_sending(content())
 
     def _count_while_sending(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         step = self.bandwidth.portion_bytes
@@ -288,6 +316,12 @@ class Transport:
                 if is_late:
                     _end(connection)
 
+    def _check(self, response: httpx.Response) -> None:
+        self._check_version(response)
+        if not response.is_success:
+            raise self._refusal(response)
+        check_encoding(response)
+
     def _check_version(self, response: httpx.Response) -> None:
         """Refuse an answer of another major version, and log another minor one once.
 
@@ -314,62 +348,9 @@ class Transport:
             body += chunk
             if len(body) > _MAX_PROBLEM_BYTES:
                 break
-        return _error_of(response, _parse_problem(response, body))
+        return refusal_of(response, body)
 
 
 def _end(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def _check_encoding(response: httpx.Response) -> None:
-    """Refuse compressed answers: nobody asked for them, and they may unfold to any size."""
-    encoding = response.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() not in {"", "identity"}:
-        raise UnexpectedAnswerError(
-            f"the answer is encoded as {encoding[:20]}, which was not asked for",
-            remedy="a proxy on the way may change answers; exempt the server from it",
-        )
-
-
-def _parse_problem(response: httpx.Response, body: bytes) -> Problem | None:
-    with contextlib.suppress(ValidationError):
-        if "json" in response.headers.get("content-type", ""):
-            return Problem.model_validate_json(body)
-    return None
-
-
-def _error_of(response: httpx.Response, problem: Problem | None) -> FedraEdgeError:
-    status = response.status_code
-    detail = problem.detail if problem else f"HTTP status {status}"
-    if response.is_server_error or status in _NOT_NOW:
-        return ServerUnreachableError(
-            f"the server cannot do this now: {detail}",
-            remedy=problem.remedy if problem else "",
-            retry_after_s=_retry_after_s(response),
-        )
-    if response.has_redirect_location:
-        return UnexpectedAnswerError(
-            f"the address redirects to {response.headers['location']}",
-            remedy="give the final address as --server",
-        )
-    if problem is None:
-        return _error_without_problem(response)
-    if problem.code is ProblemCode.OFFSET_MISMATCH:
-        offset = byte_count_of(response.headers.get(UPLOAD_OFFSET_HEADER, ""))
-        return OffsetMismatchError(problem, offset_bytes=offset or 0)
-    remedy = problem.remedy or _REMEDIES.get(problem.code, "")
-    return REFUSALS[problem.code](problem, remedy=remedy)
-
-
-def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
-    kind = NotThereError if response.status_code == _NOT_FOUND else UnexpectedAnswerError
-    return kind(
-        f"HTTP status {response.status_code} without a problem document",
-        remedy=CHECK_PROXY if response.status_code == _WHO_ARE_YOU else _WRONG_ADDRESS,
-    )
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdecimal() else None

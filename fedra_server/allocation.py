@@ -6,7 +6,7 @@ round can be drawn again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ def draw_allocation(
     budgets: Mapping[ClientId, int],
     last_trained: Sequence[int],
     generator: np.random.Generator,
+    holders_needed: int = 1,
 ) -> AllocationMatrix:
     """Draw one row per participant, of exactly its budget, over ``len(last_trained)`` layers.
 
@@ -28,6 +29,8 @@ def draw_allocation(
         budgets: Layers each participant trains, 1 .. number of layers.
         last_trained: Per layer, the round in which it was last trained, 0 for never.
         generator: The only source of randomness.
+        holders_needed: Below this a layer is not merged, so ``balanced`` rather gives it to
+            fewer layers.
 
     Raises:
         ValueError: A budget is outside 1 .. number of layers.
@@ -36,30 +39,49 @@ def draw_allocation(
     for client_id, budget in budgets.items():
         if not 1 <= budget <= num_layers:
             raise ValueError(f"budget {budget} of {client_id} is not in 1..{num_layers}")
-    draw = _draw_balanced if scheme == "balanced" else _draw_independent
-    return AllocationMatrix(num_layers=num_layers, rows=draw(budgets, last_trained, generator))
+    if scheme == "balanced":
+        rows = _draw_balanced(budgets, last_trained, generator, holders_needed)
+    else:
+        rows = _draw_independent(budgets, last_trained, generator)
+    return AllocationMatrix(num_layers=num_layers, rows=rows)
+
+
+def coverable_layers(budgets: Collection[int], num_layers: int, holders_needed: int) -> int:
+    """Give how many layers can have so many holders at once, none of them one layer twice."""
+    for count in range(num_layers, 0, -1):
+        if sum(min(budget, count) for budget in budgets) >= holders_needed * count:
+            return count
+    return 0
 
 
 def _draw_balanced(
-    budgets: Mapping[ClientId, int], last_trained: Sequence[int], generator: np.random.Generator
+    budgets: Mapping[ClientId, int],
+    last_trained: Sequence[int],
+    generator: np.random.Generator,
+    holders_needed: int,
 ) -> dict[ClientId, tuple[LayerId, ...]]:
     """Lay the rows end to end on a circle of randomly permuted layers (systematic sampling).
 
     With sum(budgets) >= L every layer gets the floor or the ceiling of sum(budgets) / L holders
-    and participant i holds any given layer with chance budget_i / L. With less, the circle
-    starts at the layers that have waited longest, so those are covered first.
+    and participant i holds any given layer with chance budget_i / L. When not all layers can have
+    the holders that they need, the circle is of those that have waited longest, as many as can,
+    so those are covered first; what a row has beyond them it takes from the others likewise.
     """
     num_layers = len(last_trained)
     circle = [int(layer) for layer in generator.permutation(num_layers)]
-    if sum(budgets.values()) < num_layers:
+    wanted = coverable_layers(budgets.values(), num_layers, holders_needed)
+    if wanted < num_layers:
         circle.sort(key=lambda layer: last_trained[layer])
+    first, others = circle[:wanted], circle[wanted:]
     rows: dict[ClientId, tuple[LayerId, ...]] = {}
-    start = 0
+    start = start_of_others = 0
     for client_id in sorted(budgets):
-        stop = start + budgets[client_id]
-        row = sorted(circle[index % num_layers] for index in range(start, stop))
-        rows[client_id] = tuple(LayerId(layer) for layer in row)
-        start = stop
+        stop = start + min(budgets[client_id], wanted)
+        stop_of_others = start_of_others + max(budgets[client_id] - wanted, 0)
+        row = [first[index % wanted] for index in range(start, stop)]
+        row += [others[it % len(others)] for it in range(start_of_others, stop_of_others)]
+        rows[client_id] = tuple(LayerId(layer) for layer in sorted(row))
+        start, start_of_others = stop, stop_of_others
     return rows
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain, pairwise
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
 from fedra_edge.protocol.ids import AssignmentId
+from fedra_server.audit_screening import broken_screening
 from fedra_server.merging import Contributor, piece_weight
 from fedra_server.runs import AssignmentState, RunState
-from fedra_server.storage.records import MergeRecord, RevisionRecord
+from fedra_server.screening import examples_caps
+from fedra_server.storage.records import MergeRecord, RevisionRecord, ScreeningRecord
 from fedra_server.storage.trails import RunTrail, WorkTrail
+
+_DONE_WITH: Final = frozenset({AssignmentState.MERGED, AssignmentState.DISCARDED})
+_COUNTED: Final = _DONE_WITH | {AssignmentState.ADMITTED, AssignmentState.QUARANTINED}
 
 
 class BrokenRule(BaseModel):
@@ -27,7 +33,8 @@ class BrokenRule(BaseModel):
 
 def broken_rules(trail: RunTrail) -> Iterator[BrokenRule]:
     """Check revisions, rounds, merges and assignments of a run against each other."""
-    for what, detail in chain(_revisions(trail), _merges(trail), _work(trail)):
+    found = chain(_revisions(trail), _merges(trail), _work(trail), broken_screening(trail))
+    for what, detail in found:
         yield BrokenRule(run=trail.run.run, what=what, detail=detail)
 
 
@@ -90,6 +97,12 @@ def _merges(trail: RunTrail) -> Iterator[tuple[str, str]]:
         if not 1 <= number < len(trail.revisions):
             yield f"revision {number}", f"{len(merges)} merges are recorded, but no such revision"
             continue
+        claims = (
+            (merge.piece, trail.work[merge.assignment_id].num_examples)
+            for merge in merges
+            if merge.assignment_id in trail.work
+        )
+        caps = examples_caps(trail.run.spec, claims)
         for merge in merges:
             work = trail.work.get(merge.assignment_id)
             if work is None:
@@ -97,11 +110,15 @@ def _merges(trail: RunTrail) -> Iterator[tuple[str, str]]:
             elif merge.piece not in work.pieces:
                 yield _name(merge.assignment_id), f"{merge.piece} is merged, but not in its delta"
             else:
-                yield from _weight(trail, versions, merge, work)
+                yield from _weight(trail, versions, merge, work, caps[merge.piece])
 
 
 def _weight(
-    trail: RunTrail, versions: list[dict[str, int]], merge: MergeRecord, work: WorkTrail
+    trail: RunTrail,
+    versions: list[dict[str, int]],
+    merge: MergeRecord,
+    work: WorkTrail,
+    most_examples: float,
 ) -> Iterator[tuple[str, str]]:
     """Work out staleness and weight of a merge again."""
     current = trail.rounds.get(work.round_number)
@@ -111,7 +128,7 @@ def _weight(
     onto, base = versions[merge.revision - 1], versions[current.base_revision]
     staleness = onto[merge.piece] - base[merge.piece]
     contributor = Contributor(merge.assignment_id, work.num_examples, work.chance)
-    weight = piece_weight(trail.run.spec, contributor, merge.piece, staleness)
+    weight = piece_weight(trail.run.spec, contributor, merge.piece, staleness, most_examples)
     if (merge.staleness, merge.weight) != (staleness, weight):
         recorded = f"weight {merge.weight!r} and staleness {merge.staleness} in {merge.revision}"
         rules = f"the rules give {weight!r} and {staleness}"
@@ -124,37 +141,56 @@ def _work(trail: RunTrail) -> Iterator[tuple[str, str]]:
     for merges in trail.merges.values():
         for merge in merges:
             pieces[merge.assignment_id].append(merge.piece)
+    rows: defaultdict[AssignmentId, list[ScreeningRecord]] = defaultdict(list)
+    for row in trail.screenings:
+        rows[row.assignment_id].append(row)
     for work in trail.work.values():
         current = trail.rounds.get(work.round_number)
         if current is None or current.base_revision != work.base_revision:
             yield _name(work.assignment_id), f"it is of {work.base_revision}, unlike its round"
-        for detail in _end_of_work(trail.run.state, work, sorted(pieces[work.assignment_id])):
+        own = rows[work.assignment_id]
+        for detail in _end_of_work(trail.run.state, work, pieces[work.assignment_id], own):
             yield _name(work.assignment_id), detail
 
 
-def _end_of_work(run: RunState, work: WorkTrail, merged: list[str]) -> Iterator[str]:
+def _end_of_work(
+    run: RunState, work: WorkTrail, merged: list[str], rows: list[ScreeningRecord]
+) -> Iterator[str]:
     """An admitted delta is merged, every piece exactly once, or still waits in a run that goes on.
 
-    What an operator's stop left behind stays admitted.
+    What screening holds back or a merge passed over is told by its rows. What an operator's stop
+    left behind stays admitted.
     """
-    is_whole = merged == sorted(work.pieces)
+    passed = [row.piece for row in rows if not row.may_merge]
+    is_whole = sorted(merged + passed) == sorted(work.pieces)
+    is_held = any(row.is_held for row in rows)
+    told = f"merged are {sorted(merged)}, passed over {passed}"
     match work.state:
-        case AssignmentState.MERGED if not is_whole:
-            yield f"it holds {sorted(work.pieces)}, and merged are {merged}"
         case AssignmentState.ADMITTED if is_whole:
             yield "all of its pieces are merged, and yet it waits"
         case AssignmentState.ADMITTED if run is RunState.FINISHED:
             yield "it was admitted, and its run finished without merging it"
-        case AssignmentState.ADMITTED | AssignmentState.MERGED:
+        case AssignmentState.ADMITTED:
             pass
-        case _ if merged:
-            yield f"it is {work.state}, and yet {merged} are merged"
-        case AssignmentState.REFUSED if work.delta is not None:
-            yield "it was admitted, and refused before any of it was merged"
+        case AssignmentState.QUARANTINED if is_whole and is_held:
+            pass
+        case state if state in _DONE_WITH and is_whole and not is_held:
+            pass
+        case state if state in _COUNTED:
+            yield f"it is {state} and holds {sorted(work.pieces)}; {told}"
+        case state if merged:
+            yield f"it is {state}, and yet {sorted(merged)} are merged"
         case _:
             pass
-    if work.state in {AssignmentState.ADMITTED, AssignmentState.MERGED} and work.delta is None:
+    yield from _file_of_work(work)
+
+
+def _file_of_work(work: WorkTrail) -> Iterator[str]:
+    """What counts was admitted with a file, and what was refused was not."""
+    if work.state in _COUNTED and work.delta is None:
         yield f"it is {work.state} without a delta"
+    if work.state is AssignmentState.REFUSED and work.delta is not None:
+        yield "it was admitted, and refused before any of it was merged"
 
 
 def _name(assignment_id: AssignmentId) -> str:

@@ -17,6 +17,7 @@ from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.models import BlobRef
 from fedra_server.audit_rules import BrokenRule, broken_rules
+from fedra_server.audit_screening import judgements_of, wrong_measures
 from fedra_server.config import ServerHome
 from fedra_server.errors import NotFoundError
 from fedra_server.recomputing import Difference, first_difference, first_difference_of_start
@@ -26,7 +27,8 @@ from fedra_server.storage.store import Store
 from fedra_server.storage.trails import RunTrail
 
 _MISSING: Final = "is missing"
-_KEPT: Final = frozenset({AssignmentState.ADMITTED, AssignmentState.MERGED})
+_DONE_WITH: Final = frozenset({AssignmentState.MERGED, AssignmentState.DISCARDED})
+_KEPT: Final = _DONE_WITH | {AssignmentState.ADMITTED, AssignmentState.QUARANTINED}
 
 
 class RunAudit(BaseModel):
@@ -99,6 +101,7 @@ class _Audit:
     broken: list[BrokenRule] = field(default_factory=list)
     difference: Difference | None = None
     checked: dict[BlobRef, str | None] = field(default_factory=dict)
+    unread: set[AssignmentId] = field(default_factory=set)
 
     def look_at(self, run: str, revision: int | None) -> None:
         """Audit a run; records that make no sense at all end it."""
@@ -112,6 +115,7 @@ class _Audit:
         self.broken += broken_rules(trail)
         self._look_at_deltas(trail)
         self._look_at_blobs(trail)
+        self._look_at_measures(trail)
         numbers = [it for it in range(len(trail.revisions)) if revision in {None, it}]
         outcomes = [self._recompute(trail, number) for number in numbers]
         self.runs.append(
@@ -145,9 +149,11 @@ class _Audit:
             why = _why_not(self.home.delta_file(work.assignment_id), work.delta)
             is_let_go = (
                 why == _MISSING
-                and work.state is AssignmentState.MERGED
+                and work.state in _DONE_WITH
                 and self._is_pruned(trail, last_merge.get(work.assignment_id, work.round_number))
             )
+            if why:
+                self.unread.add(work.assignment_id)
             if why and not is_let_go:
                 self._note(trail, f"delta {work.assignment_id}", f"its file {why}")
 
@@ -161,6 +167,19 @@ class _Audit:
                 is_let_go = not self.blobs.has(blob.sha256) and self._is_pruned(trail, number + 1)
                 if not is_let_go:
                     self._look_at_blob(trail, f"revision {number}", blob)
+
+    def _look_at_measures(self, trail: RunTrail) -> None:
+        """Measure what was judged together again, unless one of the files is gone or altered."""
+        for group in judgements_of(trail):
+            if not self.unread.isdisjoint(row.assignment_id for row in group):
+                continue
+            try:
+                for what, detail in wrong_measures(trail, group, self.home.delta_file, self.blobs):
+                    self._note(trail, what, detail)
+            except (NotFoundError, OSError, ValueError, LookupError) as error:
+                if not self._is_pruned(trail, group[0].revision):
+                    what = f"judgement {group[0].judgement}"
+                    self._note(trail, what, f"it cannot be measured again: {_in_words(error)}")
 
     def _look_at_blob(self, trail: RunTrail | None, what: str, blob: BlobRef) -> None:
         if blob not in self.checked:

@@ -8,17 +8,19 @@ from contextlib import nullcontext
 from typing import Final
 
 from fedra_edge.protocol.fault_points import fault_point
-from fedra_edge.protocol.files import sha256_of_file
 from fedra_edge.protocol.ids import AssignmentId, RunId
 from fedra_server.clock import Clock
-from fedra_server.config import ServerHome
 from fedra_server.errors import StorageError
+from fedra_server.judging import judge_deltas, screening_of
 from fedra_server.merging import Contributor
 from fedra_server.publishing import Arrival, merged_revision
 from fedra_server.rounds import HeldSlice, WaitingDelta, due_pieces, too_stale
 from fedra_server.run_locks import RunLocks
 from fedra_server.runs import AssignmentState
+from fedra_server.sifting import Sifted
+from fedra_server.stopwatch import Stopwatch
 from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.delta_files import DeltaFiles
 from fedra_server.storage.durability import disk_errors
 from fedra_server.storage.records import MergeRecord, RevisionRecord, RoundRecord, RunRecord
 from fedra_server.storage.rounds import Publication
@@ -40,13 +42,14 @@ class Committer:
     """
 
     def __init__(
-        self, store: Store, blobs: BlobStore, home: ServerHome, clock: Clock, locks: RunLocks
+        self, store: Store, blobs: BlobStore, deltas: DeltaFiles, clock: Clock, locks: RunLocks
     ) -> None:
         self._store = store
         self._blobs = blobs
-        self._home = home
+        self._deltas = deltas
         self._clock = clock
         self._locks = locks
+        self.merging = Stopwatch()
 
     def commit(self, run: RunRecord, current: RoundRecord) -> bool:
         """Merge the pieces that are due and publish them; tell whether anything changed."""
@@ -63,21 +66,30 @@ class Committer:
             if self._set_damaged_aside(taken):
                 return True
             base = self._store.revision(run.run)
-            revision, merges = self._merge(run, base, taken, due, now)
+            sifted = judge_deltas(
+                self._store, self._blobs, self._deltas, run, base,
+                taken=taken, due=due, now=now, is_last=is_last,
+            )  # fmt: skip
+            if not sifted.merging:
+                if sifted.records:
+                    self._store.record_screening(run.run, screening_of(sifted), now)
+                return bool(sifted.records)
+            revision, merges = self._merge(run, base, taken, sifted, now)
             publication = Publication(
                 revision=revision,
                 merges=merges,
-                merged=[delta.assignment_id for delta in taken if due.issuperset(delta.pieces)],
+                merged=sifted.settled,
                 expired=self._too_stale(run, revision, is_last=is_last),
                 leaves_none=leaves_none,
                 finishes_run=is_last,
+                screening=screening_of(sifted),
             )
             fault_point("publish.decided")
             self._store.publish(publication, current.number, now)
             fault_point("publish.recorded")
         LOGGER.info(
             "run %s: round %d merged %d deltas into revision %d",
-            run.run, current.number, len(taken), revision.manifest.number,
+            run.run, current.number, len(sifted.merging), revision.manifest.number,
         )  # fmt: skip
         return True
 
@@ -86,21 +98,24 @@ class Committer:
         run: RunRecord,
         base: RevisionRecord,
         taken: Iterable[WaitingDelta],
-        due: frozenset[str],
+        sifted: Sifted,
         now: float,
     ) -> tuple[RevisionRecord, list[MergeRecord]]:
         bases = self._bases(run.run, taken)
         arrivals = [
             Arrival(
                 Contributor(delta.assignment_id, delta.num_examples, delta.chance),
-                delta.pieces,
+                sifted.merging[delta.assignment_id],
                 bases[delta.base_revision].versions,
-                self._home.delta_file(delta.assignment_id),
+                self._deltas.path(delta.assignment_id),
             )
             for delta in taken
+            if delta.assignment_id in sifted.merging
         ]
         with disk_errors("merging"):
-            return merged_revision(base, arrivals, run.spec, self._blobs, now=now, due_pieces=due)
+            return merged_revision(
+                base, arrivals, run.spec, self._blobs, now=now, scales=sifted.scales
+            )
 
     def _too_stale(
         self, run: RunRecord, revision: RevisionRecord, *, is_last: bool
@@ -124,17 +139,18 @@ class Committer:
         Raises:
             StorageError: A file is not there or cannot be read, which may pass.
         """
-        files = {delta: self._home.delta_file(delta.assignment_id) for delta in taken}
+        deltas = list(taken)
         try:
-            for file in files.values():
-                file.stat()
-            damaged = [it for it, file in files.items() if sha256_of_file(file) != it.sha256]
+            for delta in deltas:
+                self._deltas.path(delta.assignment_id).stat()
+            damaged = [it for it in deltas if self._deltas.sha256(it.assignment_id) != it.sha256]
         except OSError as error:
             raise StorageError(
                 f"an admitted delta cannot be read: {error}", remedy=_LOST
             ) from error
         for delta in damaged:
-            LOGGER.error("the stored delta %s is damaged; its run goes on without it", files[delta])
+            file = self._deltas.path(delta.assignment_id)
+            LOGGER.error("the stored delta %s is damaged; its run goes on without it", file)
             self._store.settle(
                 delta.assignment_id,
                 AssignmentState.REFUSED,

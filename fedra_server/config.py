@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_origin
 
-from pydantic import ByteSize, Field, ValidationError
+from pydantic import AfterValidator, ByteSize, Field, JsonValue, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from fedra_edge.protocol.ids import AssignmentId, UploadId
 from fedra_server.errors import ConfigurationError
+
+Address = Annotated[str, Field(pattern=r"^https?://[^\s/#?@\\]+(/[^\s#?@\\]*)?$")]
+"""How sites reach a server."""
 
 CONFIG_TEMPLATE: Final = """\
 # Settings of this server. A line that is commented out shows the default.
@@ -19,10 +23,24 @@ CONFIG_TEMPLATE: Final = """\
 
 # host = "127.0.0.1"              # address to listen on
 # port = 8470                     # 0 takes any free port
+# address = "https://hq.example:8470"       # how sites reach this server, for join strings
+# host_names = ["hq.example", "10.0.0.5"]   # what its certificate is for; default: this machine
+# tls = "auto"                    # "auto": on, except on a loopback address; or "on", "off"
+# certificate_file = "chain.pem"  # your own certificate and its chain, instead of an issued one
+# key_file = "key.pem"            # the key of your own certificate
+# certificate_days = 90.0         # life of issued certificates; they are renewed by themselves
+# enrolment = "token"             # "open" needs no join string, and a loopback address
 # heartbeat_timeout_s = 60.0      # silent for longer: the client counts as gone
 # max_clients = 4000              # the population never grows beyond this
 # max_enrolments_per_minute = 120 # further enrolments are told to come back later
 # max_request_bytes = 1048576     # for every request body but an upload's
+# max_requests_per_s = 50.0       # of one client in the long run; twelve times as many at once
+# max_requests_at_once = 16       # of one client, its held polls and downloads among them
+# max_uploads_at_once = 4         # requests about deltas, of one client
+# max_unfinished_uploads = 8      # deltas of one client that have been announced and not finished
+# max_transfers_per_round = 4.0   # bytes of one client, as multiples of what its work needs
+# max_strange_requests_per_s = 30.0  # of one address without a credential known to be good
+# trusted_proxies = []            # addresses or networks whose X-Forwarded-For is believed
 # max_delta_bytes = 67108864      # default: what the run's adapters need
 # max_disk_bytes = "100GB"        # for weights, adapters, deltas and uploads; default: the disk
 # database_url = "postgresql+psycopg://user@host/fedra"  # default: a SQLite file here
@@ -50,6 +68,11 @@ class ServerHome:
     def database_url(self) -> str:
         """The embedded database, as SQLAlchemy names it."""
         return f"sqlite:///{self.database_file.as_posix()}"
+
+    @property
+    def server_file(self) -> Path:
+        """What tells, while a server runs, where it listens."""
+        return self.path / "server.json"
 
     @property
     def blobs(self) -> Path:
@@ -80,6 +103,12 @@ class ServerHome:
             directory.mkdir(parents=True, exist_ok=True)
 
 
+def _check_network(text: str) -> str:
+    """Refuse what is neither an address nor a network, such as a name that could be altered."""
+    ipaddress.ip_network(text, strict=False)
+    return text
+
+
 class ServerConfig(BaseSettings):
     """The settings, from arguments, then FEDRA_SERVER_* variables, then defaults.
 
@@ -94,10 +123,24 @@ class ServerConfig(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8470
+    address: Address | None = None
+    host_names: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    tls: Literal["auto", "on", "off"] = "auto"
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    certificate_days: Annotated[float, Field(gt=0, le=825)] = 90.0
+    enrolment: Literal["token", "open"] = "token"
     heartbeat_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     max_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 4000
     max_enrolments_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 120
     max_request_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 2**20
+    max_requests_per_s: Annotated[float, Field(ge=1, le=1e6)] = 50.0
+    max_requests_at_once: Annotated[int, Field(ge=4, le=1_000_000)] = 16
+    max_uploads_at_once: Annotated[int, Field(ge=2, le=1_000_000)] = 4
+    max_unfinished_uploads: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    max_transfers_per_round: Annotated[float, Field(ge=1, le=1e6)] = 4.0
+    max_strange_requests_per_s: Annotated[float, Field(ge=1, le=1e6)] = 30.0
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ()
     max_delta_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
     max_disk_bytes: Annotated[ByteSize, Field(ge=1, le=2**50)] | None = None
     database_url: Annotated[str | None, Field(repr=False)] = None
@@ -118,6 +161,16 @@ class ServerConfig(BaseSettings):
                 f"the settings cannot work: {describe_invalid(error)}",
                 remedy=f"Correct {home.config_file} or the FEDRA_SERVER_* variables.",
             ) from error
+
+
+def harmless_settings(config: ServerConfig) -> dict[str, JsonValue]:
+    """Give the settings that may be told on: numbers, switches and choices, no texts or paths."""
+    chosen = config.model_dump(mode="json")
+    return {
+        name: chosen[name]
+        for name, field in type(config).model_fields.items()
+        if isinstance(chosen[name], bool | int | float) or get_origin(field.annotation) is Literal
+    }
 
 
 def describe_invalid(error: ValidationError) -> str:

@@ -22,7 +22,9 @@ from fedra_server.recruiting import Recruiter
 from fedra_server.rounds import Progress, RoundStep, draw_size, last_handed_out, next_step
 from fedra_server.run_locks import RunLocks
 from fedra_server.runs import RunState
+from fedra_server.stopwatch import Stopwatch
 from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.delta_files import DeltaFiles
 from fedra_server.storage.records import RevisionRecord, RoundRecord, RunRecord
 from fedra_server.storage.store import Store
 
@@ -44,16 +46,21 @@ class Coordinator:
     ) -> None:
         self._store = store
         self._clock = clock
-        locks = RunLocks()
-        self.intake = Intake(store, home, config, clock, locks)
+        locks, deltas = RunLocks(), DeltaFiles(home)
+        self.intake = Intake(store, deltas, config, clock, locks)
         self._recruiter = Recruiter(store, config, clock)
-        self._committer = Committer(store, blobs, home, clock, locks)
+        self._committer = Committer(store, blobs, deltas, clock, locks)
         self._wakeup = threading.Event()
         self._stopping = threading.Event()
         self._states_seen: dict[str, RunState] = {}
         self._listeners: list[Callable[[], None]] = []
         self._troubles: dict[RunId, str] = {}
         self._thread = threading.Thread(target=self._loop, name="coordinator")
+
+    @property
+    def merging(self) -> Stopwatch:
+        """How often this process merged, and how long that took."""
+        return self._committer.merging
 
     def start(self) -> None:
         """Begin to move runs forward; nobody was seen later than now, whatever the clock was."""
@@ -178,11 +185,14 @@ class Coordinator:
         if places is not None and places <= 0:
             return False
         base = self._store.revision(run.run, current.base_revision)
+        needed = run.spec.holders_needed
         held = self._store.pending_slices(run.run, seen_since)
+        if needed > 1:
+            held += self._store.waiting_deltas(run.run)
         planned = self._recruiter.draw(
             run,
             current.number,
-            last_handed_out(base.last_trained, base.pieces, held, current.number),
+            last_handed_out(base.last_trained, base.pieces, held, current.number, needed),
             draw=current.draws,
             places=places,
         )
@@ -204,7 +214,9 @@ class Coordinator:
             case RoundStep.RECRUIT:
                 return self._recruit(run, current, progress, is_overdue=now >= deadline_at)
             case RoundStep.MERGE:
-                return self._committer.commit(run, current)
+                if self._committer.commit(run, current):
+                    return True
+                return self._recruit(run, current, progress, is_overdue=now >= deadline_at)
 
     def _recruit(
         self, run: RunRecord, current: RoundRecord, progress: Progress, *, is_overdue: bool

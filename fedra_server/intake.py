@@ -15,18 +15,27 @@ from fedra_edge.protocol.models import Shape
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.admission import check_delta, largest_delta_bytes
 from fedra_server.clock import Clock
-from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.config import ServerConfig
 from fedra_server.errors import FedraServerError, NotPermittedError, RefusedError
+from fedra_server.plausibility import find_implausible
 from fedra_server.publishing import trained_pieces
 from fedra_server.rounds import staleness
 from fedra_server.run_locks import RunLocks
 from fedra_server.runs import AssignmentState, RunState
+from fedra_server.storage.delta_files import DeltaFiles
 from fedra_server.storage.durability import disk_errors, replace_durably
 from fedra_server.storage.records import AssignmentRecord, UploadRecord
 from fedra_server.storage.store import Store
 
 LOGGER = logging.getLogger(__name__)
-_COUNTED: Final = frozenset({AssignmentState.ADMITTED, AssignmentState.MERGED})
+_COUNTED: Final = frozenset(
+    {
+        AssignmentState.ADMITTED,
+        AssignmentState.MERGED,
+        AssignmentState.QUARANTINED,
+        AssignmentState.DISCARDED,
+    }
+)
 _OPEN: Final = frozenset({AssignmentState.PENDING, AssignmentState.FAILED, AssignmentState.EXPIRED})
 _DEFECT: Final = "Update the client software; if it is up to date, report this as a defect."
 
@@ -42,13 +51,13 @@ class Intake:
     def __init__(
         self,
         store: Store,
-        home: ServerHome,
+        deltas: DeltaFiles,
         config: ServerConfig,
         clock: Clock,
         locks: RunLocks,
     ) -> None:
         self._store = store
-        self._home = home
+        self._deltas = deltas
         self._config = config
         self._clock = clock
         self._locks = locks
@@ -81,6 +90,22 @@ class Intake:
             raise error
         return assignment
 
+    def hear(self, client_id: ClientId, delta: DeltaManifest) -> AssignmentRecord:
+        """Check an announcement: the delta as ever, and what else is said of it, this once.
+
+        Raises:
+            RefusedError: As ``expect``, or more examples are claimed than can have been drawn.
+        """
+        assignment = self.expect(client_id, delta)
+        if not self.is_counted(assignment):
+            work = assignment.manifest
+            calibration = self._store.calibration(client_id, work.model_id)
+            error = find_implausible(delta, work, calibration)
+            if error is not None:
+                self._refuse(assignment, error)
+                raise error
+        return assignment
+
     def is_counted(self, assignment: AssignmentRecord) -> bool:
         """Tell whether the assignment's delta is already in; sending it again changes nothing."""
         return assignment.state in _COUNTED
@@ -90,17 +115,21 @@ class Intake:
         self.check(upload, part)
         return self.count_in(upload, part)
 
-    def check(self, upload: UploadRecord, part: Path) -> RunId:
-        """Check the bytes of a complete upload, unless its delta is in already; tell its run.
+    def check(self, upload: UploadRecord, part: Path, sha256: str | None = None) -> RunId:
+        """Check the bytes of a complete upload, unless its delta is settled; tell its run.
+
+        Args:
+            upload: What was announced.
+            part: The bytes that came.
+            sha256: Their digest, if they were digested as they came.
 
         Raises:
-            RefusedError: The delta breaks a rule, or is too stale by now.
+            RefusedError: The delta breaks a rule.
             StorageError: It could not be read; nothing changed.
         """
-        with self._store.reading():
-            assignment = self.expect(upload.client_id, upload.delta)
-        if not self.is_counted(assignment):
-            self._check(assignment, upload, part)
+        assignment = self._store.assignment(upload.assignment_id)
+        if assignment.state in _OPEN:
+            self._check(assignment, upload, part, sha256)
             fault_point("admission.checked")
         return assignment.run
 
@@ -129,7 +158,7 @@ class Intake:
 
     def _keep(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
         with disk_errors("keeping an admitted delta"):
-            replace_durably(part, self._home.delta_file(assignment.assignment_id))
+            self._deltas.keep(part, assignment.assignment_id, upload.delta.sha256)
         fault_point("admission.moved")
         self._store.settle(
             assignment.assignment_id,
@@ -147,14 +176,16 @@ class Intake:
             is_open = self._store.assignment(assignment.assignment_id).state in _OPEN
             if is_open and not part.exists():
                 with disk_errors("putting back a delta that could not be recorded"):
-                    replace_durably(self._home.delta_file(assignment.assignment_id), part)
+                    replace_durably(self._deltas.path(assignment.assignment_id), part)
         except FedraServerError as error:
             LOGGER.warning("delta %s must be sent again: %s", assignment.assignment_id, error)
 
-    def _check(self, assignment: AssignmentRecord, upload: UploadRecord, part: Path) -> None:
+    def _check(
+        self, assignment: AssignmentRecord, upload: UploadRecord, part: Path, sha256: str | None
+    ) -> None:
         """Run admission; a delta that fails it settles its assignment as refused."""
         with disk_errors("reading a received delta"):
-            sha256 = sha256_of_file(part)
+            sha256 = sha256 or sha256_of_file(part)
         if sha256 != upload.delta.sha256:
             raise RefusedError(
                 ProblemCode.DIGEST_MISMATCH,
@@ -164,17 +195,23 @@ class Intake:
         try:
             check_delta(part, self._shapes(assignment))
         except RefusedError as error:
-            self._refuse(assignment, error)
+            self._refuse(assignment, error, upload.delta)
             raise
 
-    def _refuse(self, assignment: AssignmentRecord, error: RefusedError) -> None:
-        """Settle an assignment, so that its round does not wait for it and the operator sees."""
+    def _refuse(
+        self, assignment: AssignmentRecord, error: RefusedError, delta: DeltaManifest | None = None
+    ) -> None:
+        """Settle an assignment, so that its round does not wait for it and the operator sees.
+
+        The ``delta`` is given where it was received.
+        """
         LOGGER.warning("delta of client %s refused: %s", assignment.client_id, error)
         self._store.settle(
             assignment.assignment_id,
             AssignmentState.REFUSED,
             detail=f"{error.code}: {error}",
             now=self._clock.now(),
+            delta=delta,
             only_from=_OPEN,
         )
 

@@ -12,6 +12,7 @@ that is stale, because the piece was merged since it was trained, weighs less (F
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,17 +40,23 @@ class PieceState:
     moments: Mapping[str, Mapping[str, FloatArray]]
 
 
-def piece_weight(spec: RunSpec, contributor: Contributor, piece: str, staleness: int) -> float:
+def piece_weight(
+    spec: RunSpec,
+    contributor: Contributor,
+    piece: str,
+    staleness: int,
+    most_examples: float = math.inf,
+) -> float:
     """Weigh a contributor within the holders of a piece; only ratios matter.
 
     ``inverse_chance`` is the Horvitz-Thompson weight 1 / chance, capped, self-normalised by the
     merge; it stops machines that hold many layers from dominating each of them. The head is held
-    by every participant.
+    by every participant. A claim of more examples than ``most_examples`` weighs no more.
     """
     decay = float((1.0 + staleness) ** -spec.staleness_exponent)
     match spec.merge_weighting:
         case "num_examples":
-            return contributor.num_examples * decay
+            return min(contributor.num_examples, most_examples) * decay
         case "inverse_chance" if piece != HEAD:
             return min(1.0 / contributor.chance, spec.max_inverse_chance) * decay
         case "uniform" | "inverse_chance":

@@ -5,7 +5,7 @@ Memory is bounded by the pieces at hand, whatever the number and size of the del
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.layers import TensorKey
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.protocol.tensors import FloatArray, TensorInfo, read_header, read_tensors
+from fedra_server.combining import Combine, combine_deltas
 from fedra_server.merging import PieceState, merge_piece
 from fedra_server.runs import ServerOptimizerSpec
 from fedra_server.server_optimizers import Float64Array, moment_names
@@ -31,6 +32,8 @@ def merged_pieces(
     delta_file: Callable[[AssignmentId], Path],
     optimizer: ServerOptimizerSpec,
     blobs: BlobStore,
+    *,
+    combine: Combine | None = None,
 ) -> Iterator[dict[int, PieceState]]:
     """Give each merged piece's next state by its place in a revision, a few pieces at a time.
 
@@ -40,22 +43,32 @@ def merged_pieces(
         delta_file: Finds the file of an admitted delta.
         optimizer: How the mean of the deltas moves a piece.
         blobs: Where the base's blobs are; nothing is written.
+        combine: What takes the place of the weighted mean, value by value.
     """
     merged = {merge.piece for merge in merges}
     wanted = {index: piece for index, piece in enumerate(base.pieces) if piece in merged}
-    for group in _groups(base, wanted, blobs):
+    for group in piece_groups(base, wanted, blobs):
         sizes = {name: size for values in group.values() for name, size in values.items()}
         pieces = {wanted[index] for index in group}
-        sums = dict(_split(sum_deltas(sizes, _weighted(merges, pieces, delta_file)), sizes))
+        held = [merge for merge in merges if merge.piece in pieces]
+        if combine is None:
+            total = sum_deltas(sizes, _weighted(held, delta_file))
+        else:
+            total = combine_deltas(sizes, held, delta_file, combine)
+        sums = dict(_split(total, sizes))
         yield {
             index: merge_piece(
                 piece_state(base, index, optimizer, blobs),
                 sums,
-                (merge.weight for merge in merges if merge.piece == wanted[index]),
+                _weights(held, wanted[index]) if combine is None else (1.0,),
                 optimizer,
             )
             for index in group
         }
+
+
+def _weights(merges: Iterable[MergeRecord], piece: str) -> Iterator[float]:
+    return (merge.weight for merge in merges if merge.piece == piece)
 
 
 def _split(total: Float64Array, sizes: Mapping[str, int]) -> Iterator[tuple[str, Float64Array]]:
@@ -90,7 +103,7 @@ def flat_moments(state: PieceState) -> dict[str, FloatArray]:
     }
 
 
-def _groups(
+def piece_groups(
     base: RevisionRecord, wanted: Mapping[int, str], blobs: BlobStore
 ) -> Iterator[dict[int, dict[str, int]]]:
     """Divide the wanted pieces, in the order of their names, into those summed together."""
@@ -117,10 +130,9 @@ def _sizes(blob: BlobRef, piece: str, blobs: BlobStore) -> dict[str, int]:
 
 
 def _weighted(
-    merges: Sequence[MergeRecord], pieces: set[str], delta_file: Callable[[AssignmentId], Path]
+    merges: Sequence[MergeRecord], delta_file: Callable[[AssignmentId], Path]
 ) -> Iterator[WeightedDelta]:
-    """Give each delta with the weights of these pieces, in the order of assignments."""
+    """Give each delta with the weights of its pieces, in the order of assignments."""
     for assignment_id, rows in groupby(merges, key=lambda merge: merge.assignment_id):
-        weights = {row.piece: row.weight for row in rows if row.piece in pieces}
-        if weights:
-            yield WeightedDelta(delta_file(assignment_id), weights)
+        weights = {row.piece: row.weight * row.scale for row in rows}
+        yield WeightedDelta(delta_file(assignment_id), weights)

@@ -79,7 +79,7 @@ def plan_round(
         works = _cohort(works, max(places, 0), generator)
     machines = {item.client_id: _machine(item, spec, run) for item in candidates}
     budgets = {client_id: work.num_layers for client_id, work in works.items()}
-    matrix = draw_allocation(run.allocation, budgets, last_trained, generator)
+    matrix = draw_allocation(run.allocation, budgets, last_trained, generator, run.holders_needed)
     planned = []
     for client_id, work in works.items():
         layers = _roles(spec, work, matrix.rows[client_id])

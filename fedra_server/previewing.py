@@ -35,7 +35,15 @@ from fedra_server.storage.histories import RunHistory
 from fedra_server.storage.records import ClientRecord
 
 _OVER = frozenset({RunState.FINISHED, RunState.STOPPED})
-_GIVEN_UP = frozenset({AssignmentState.FAILED, AssignmentState.REFUSED, AssignmentState.EXPIRED})
+_GIVEN_UP = frozenset(
+    {
+        AssignmentState.FAILED,
+        AssignmentState.REFUSED,
+        AssignmentState.EXPIRED,
+        AssignmentState.QUARANTINED,
+        AssignmentState.DISCARDED,
+    }
+)
 
 
 class _Preview(BaseModel):

@@ -7,11 +7,11 @@ with it every bit. So does the server optimizer's state of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -21,16 +21,17 @@ from fedra_edge.protocol.ids import AssignmentId, LayerId, RevisionNumber, RunId
 from fedra_edge.protocol.layers import HEAD, LORA_A, TensorKey, layer_piece
 from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.slices import RevisionManifest
-from fedra_edge.protocol.tensors import FloatArray, read_tensors, serialize_tensors
+from fedra_edge.protocol.tensors import FloatArray, read_tensors, serialize_tensors, tensor_parts
+from fedra_server.combining import combination
 from fedra_server.merging import Contributor, PieceState, piece_weight
 from fedra_server.piecewise import flat_moments, merged_pieces
 from fedra_server.runs import RunSpec
+from fedra_server.screening import examples_caps
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import MergeRecord, RevisionRecord
 
-_WRITERS: Final = 16
-"""Blobs are written side by side, so that the disk can sync several at once."""
-
+Scales = Mapping[tuple[AssignmentId, str], float]
+NO_SCALES: Final[Scales] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -88,7 +89,7 @@ def initial_revision(
     )
 
 
-def merged_revision(
+def merged_revision(  # noqa: PLR0913 - a merge and its rules
     base: RevisionRecord,
     arrivals: Sequence[Arrival],
     run_spec: RunSpec,
@@ -96,13 +97,16 @@ def merged_revision(
     *,
     now: float,
     due_pieces: Collection[str] | None = None,
+    scales: Scales = NO_SCALES,
 ) -> tuple[RevisionRecord, list[MergeRecord]]:
     """Merge what arrived of the due pieces, by default of all, into the revision after ``base``.
+
+    What has a scale is multiplied by it.
 
     Raises:
         ValueError: Nothing arrived of any due piece.
     """
-    merges = weigh(base, arrivals, run_spec, due_pieces)
+    merges = weigh(base, arrivals, run_spec, due_pieces, scales)
     if not merges:
         raise ValueError("a revision needs at least one delta of a piece that is due")
     paths = {arrival.contributor.assignment_id: arrival.path for arrival in arrivals}
@@ -114,20 +118,27 @@ def weigh(
     arrivals: Sequence[Arrival],
     run_spec: RunSpec,
     due_pieces: Collection[str] | None = None,
+    scales: Scales = NO_SCALES,
 ) -> list[MergeRecord]:
     """Say what the next revision merges and how heavy, whatever the order of arrival."""
     place = {piece: index for index, piece in enumerate(base.pieces)}
+    caps = examples_caps(
+        run_spec,
+        ((piece, it.contributor.num_examples) for it in arrivals for piece in it.pieces),
+    )
     merges = []
     for arrival in sorted(arrivals, key=lambda arrival: arrival.contributor.assignment_id):
         for piece in arrival.pieces:
             if due_pieces is None or piece in due_pieces:
                 index = place[piece]
                 staleness = base.versions[index] - arrival.base_versions[index]
-                weight = piece_weight(run_spec, arrival.contributor, piece, staleness)
+                contributor = arrival.contributor
+                weight = piece_weight(run_spec, contributor, piece, staleness, caps[piece])
+                scale = scales.get((contributor.assignment_id, piece), 1.0)
                 merges.append(
                     MergeRecord(
-                        arrival.contributor.assignment_id, piece, base.run,
-                        base.manifest.number + 1, weight, staleness,
+                        contributor.assignment_id, piece, base.run,
+                        base.manifest.number + 1, weight, staleness, scale,
                     )
                 )  # fmt: skip
     return merges
@@ -146,16 +157,14 @@ def apply_merges(
     number = RevisionNumber(base.manifest.number + 1)
     pieces, moments = list(base.blobs), list(base.moments)
     last_trained, versions = list(base.last_trained), list(base.versions)
-    optimizer = run_spec.server_optimizer
-    with ThreadPoolExecutor(_WRITERS) as writers:
-        for states in merged_pieces(base, merges, delta_file, optimizer, blobs):
-            stored = writers.map(lambda state: _store(state, blobs), states.values())
-            for index, (piece, moment) in zip(states, stored, strict=True):
-                pieces[index], moments[index] = piece, moment
-                versions[index] += 1
-                if index < len(last_trained):
-                    last_trained[index] = number
-                fault_point("merge.piece")
+    optimizer, combine = run_spec.server_optimizer, combination(run_spec)
+    for states in merged_pieces(base, merges, delta_file, optimizer, blobs, combine=combine):
+        for index, (piece, moment) in zip(states, _store(states.values(), blobs), strict=True):
+            pieces[index], moments[index] = piece, moment
+            versions[index] += 1
+            if index < len(last_trained):
+                last_trained[index] = number
+            fault_point("merge.piece")
     manifest = RevisionManifest(
         number=number, layers=tuple(pieces[:-1]), head=pieces[-1], versions=tuple(versions)
     )
@@ -164,8 +173,13 @@ def apply_merges(
     )
 
 
-def _store(state: PieceState, blobs: BlobStore) -> tuple[BlobRef, BlobRef | None]:
-    piece = blobs.put_bytes(serialize_tensors(state.tensors))
-    if not state.moments:
-        return piece, None
-    return piece, blobs.put_bytes(serialize_tensors(flat_moments(state)))
+def _store(
+    states: Collection[PieceState], blobs: BlobStore
+) -> Iterator[tuple[BlobRef, BlobRef | None]]:
+    """Store states, and the moments of those that have some, all at once."""
+    moved = [flat_moments(state) for state in states if state.moments]
+    files = [tensor_parts(it) for it in (*(state.tensors for state in states), *moved)]
+    stored = iter(blobs.put_all(files))
+    pieces = [next(stored) for _ in states]
+    for state, piece in zip(states, pieces, strict=True):
+        yield piece, next(stored) if state.moments else None

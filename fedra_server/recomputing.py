@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.tensors import FloatArray, read_header, read_tensor
+from fedra_server.combining import combination
 from fedra_server.piecewise import flat_moments, merged_pieces
 from fedra_server.publishing import initial_pieces
 from fedra_server.runs import RunSpec
@@ -64,8 +65,8 @@ def first_difference(
         OSError: A delta is missing or cannot be read.
         ValueError: A blob or delta does not hold what it should.
     """
-    optimizer = run_spec.server_optimizer
-    for states in merged_pieces(base, merges, delta_file, optimizer, blobs):
+    optimizer, combine = run_spec.server_optimizer, combination(run_spec)
+    for states in merged_pieces(base, merges, delta_file, optimizer, blobs, combine=combine):
         for index, state in states.items():
             found = _first_of_piece(revision, index, state.tensors, flat_moments(state), blobs)
             if found is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -14,6 +14,7 @@ from fedra_server.runs import RunSpec
 
 _FIRST_REST_S: Final = 5.0
 _LONGEST_REST_S: Final = 600.0
+_BEFORE_ALL: Final = -1
 _ROUNDING: Final = 1e-9
 """Keeps ``ceil`` from counting what binary fractions add: 10 * (1 + 0.1) is above 11."""
 
@@ -103,19 +104,21 @@ def due_pieces(
     Synchronous: all that any delta holds; ``next_step`` says when. Buffered: those for which deltas
     of ``buffer_size`` different clients wait, so that no quick one outruns the others alone, or one
     that has waited ``deadline_s``. The last merge of a run leaves nothing behind. A delta from the
-    future, as after the clock was set back, is due.
+    future, as after the clock was set back, is due. Where a piece needs holders, one with fewer is
+    not due for itself, and nothing is as long as no piece has enough.
     """
     holders: defaultdict[str, set[ClientId]] = defaultdict(set)
     for delta in waiting:
         for piece in delta.pieces:
             holders[piece].add(delta.client_id)
+    enough = {it for it, clients in holders.items() if len(clients) >= run.holders_needed}
     if run.mode == "synchronous":
-        return frozenset(holders)
+        return frozenset(holders if enough else ())
     overdue = {
         piece
         for delta in waiting
         if not delta.admitted_at <= now < delta.admitted_at + run.deadline_s
-        for piece in delta.pieces
+        for piece in enough.intersection(delta.pieces)
     }
     full = {piece for piece, clients in holders.items() if len(clients) >= run.buffer_size}
     return frozenset(holders if is_last and (full or overdue) else full | overdue)
@@ -153,14 +156,22 @@ def last_handed_out(
     pieces: Sequence[str],
     held: Iterable[HeldSlice],
     round_number: int,
+    holders_needed: int = 1,
 ) -> list[int]:
     """Count what clients are at work on as trained in the present round.
 
-    So those who are drawn one by one take different layers.
+    So those who are drawn one by one take different layers, once a layer has the holders that it
+    needs; one that has some of them comes before all others.
     """
-    handed_out = {piece for item in held for piece in item.pieces}
+    counts = Counter(piece for item in held for piece in item.pieces)
+
+    def last(piece: str, trained: int) -> int:
+        if counts[piece] >= holders_needed:
+            return round_number
+        return _BEFORE_ALL if counts[piece] else trained
+
     return [
-        round_number if piece in handed_out else trained
+        last(piece, trained)
         for piece, trained in zip(pieces, last_trained, strict=False)  # the head comes last
     ]
 

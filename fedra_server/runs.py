@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 
@@ -14,10 +15,14 @@ from fedra_edge.protocol.slices import TrainingSpec
 AllocationScheme = Literal["balanced", "independent"]
 MergeWeighting = Literal["uniform", "num_examples", "inverse_chance"]
 RunMode = Literal["synchronous", "buffered"]
+MergeKind = Literal["mean", "norm-clipped-mean", "trimmed-mean", "coordinate-median"]
 ServerOptimizerKind = Literal["fedavg", "fedavgm", "fedadam", "fedyogi"]
 
 _BUFFERED_STALENESS: Final = 20
 _ADAPTIVE_RATE: Final = 0.01
+_CLIP_FACTOR: Final = 3.0
+_ROUNDING: Final = 1e-9
+"""Keeps fractions from losing a whole number: 0.29 * 100 is below 29."""
 
 
 class RunState(StrEnum):
@@ -31,11 +36,17 @@ class RunState(StrEnum):
 
 
 class AssignmentState(StrEnum):
-    """pending -> admitted -> merged, or pending -> refused | failed | expired."""
+    """pending -> admitted -> merged, or pending -> refused | failed | expired.
+
+    A delta of which nothing waits and something is quarantined is quarantined; the operator lets
+    it be admitted again, or discards it.
+    """
 
     PENDING = "pending"
     ADMITTED = "admitted"
     MERGED = "merged"
+    QUARANTINED = "quarantined"
+    DISCARDED = "discarded"
     REFUSED = "refused"
     FAILED = "failed"
     EXPIRED = "expired"
@@ -70,6 +81,25 @@ class ServerOptimizerSpec(BaseModel):
         return _ADAPTIVE_RATE if self.is_adaptive else 1.0
 
 
+class ScreeningSpec(BaseModel):
+    """How each piece of a delta is held against the other holders of the piece.
+
+    One longer than ``clip_factor`` times their median norm is scaled down to that; None is 1 with
+    a norm-clipped mean and 3 otherwise. One longer than ``quarantine_factor`` times the median is
+    quarantined, and so is one whose cosine to the mean direction of the others is below
+    ``cosine_floor`` while most holders agree. A claim of more than ``examples_factor`` times the
+    median of examples weighs no more than that.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = True
+    clip_factor: Annotated[float, Field(ge=0.01, le=1000)] | None = None
+    quarantine_factor: Annotated[float, Field(ge=1, le=1e6)] = 20.0
+    cosine_floor: Annotated[float, Field(ge=-1, lt=0)] = -0.1
+    examples_factor: Annotated[float, Field(ge=1, le=1e6)] = 10.0
+
+
 class RunSpec(BaseModel):
     """Everything that defines a run; the defaults are the paper's where the paper has one.
 
@@ -87,6 +117,10 @@ class RunSpec(BaseModel):
     and is refused beyond ``max_staleness``; None is 0 when synchronous and 20 when buffered.
     ``cohort_size`` None draws all that are there; else ``over_provisioning`` is the fraction
     drawn beyond it, and a round merges as soon as ``cohort_size`` deltas are admitted.
+
+    ``merge`` combines the deltas of a piece; all but ``mean`` need enough holders to bear
+    ``tolerated_attackers`` among them, of which a piece with fewer stays as it is.
+    ``trim_fraction`` of the values is cut off at either end by a trimmed mean.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,6 +144,10 @@ class RunSpec(BaseModel):
     cohort_size: Annotated[int, Field(ge=1, le=100_000)] | None = None
     over_provisioning: Annotated[float, Field(ge=0, le=10)] = 0.0
     server_optimizer: ServerOptimizerSpec = ServerOptimizerSpec()
+    merge: MergeKind = "mean"
+    trim_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    tolerated_attackers: Annotated[int, Field(ge=1, le=10_000)] = 1
+    screening: ScreeningSpec = ScreeningSpec()
 
     @model_validator(mode="after")
     def _numbers_of_participants_agree(self) -> Self:
@@ -118,6 +156,48 @@ class RunSpec(BaseModel):
         if self.cohort_size is None and self.over_provisioning:
             raise ValueError("--over-provisioning needs --cohort-size")
         return self
+
+    @model_validator(mode="after")
+    def _there_can_be_enough_holders(self) -> Self:
+        needed, merge = self.holders_needed, f"--merge {self.merge}"
+        bears = f"to bear {self.tolerated_attackers} attackers a layer needs {needed} holders"
+        if needed > self.min_participants:
+            raise ValueError(f"{merge}: {bears}; give --min-participants {needed} or more")
+        if self.mode == "buffered" and needed > self.buffer_size:
+            raise ValueError(f"{merge}: {bears}; give --buffer-size {needed} or more")
+        if needed > 1 and self.allocation == "independent":
+            raise ValueError(f"{merge}: {bears}, which only --allocation balanced sees to")
+        return self
+
+    @property
+    def holders_needed(self) -> int:
+        """How many clients must hold a piece for it to be merged.
+
+        A median of 2a + 1 values lies between honest ones whatever a of them are, and so does a
+        mean of what is left of n when a values are cut off at either end (arXiv 1803.01498).
+        """
+        attackers = self.tolerated_attackers
+        match self.merge:
+            case "mean":
+                return 1
+            case "norm-clipped-mean" | "coordinate-median":
+                return 2 * attackers + 1
+            case "trimmed-mean":
+                enough = math.ceil(attackers / self.trim_fraction - _ROUNDING)
+                return max(2 * attackers + 1, enough)
+
+    def trimmed(self, holders: int) -> int:
+        """How many values of so many holders a trimmed mean cuts off at either end."""
+        return min(math.floor(self.trim_fraction * holders + _ROUNDING), (holders - 1) // 2)
+
+    @property
+    def clip_factor(self) -> float | None:
+        """How many times the median norm a delta may be long; None for any length."""
+        if self.merge == "norm-clipped-mean":
+            return self.screening.clip_factor or 1.0
+        if not self.screening.enabled:
+            return None
+        return self.screening.clip_factor or _CLIP_FACTOR
 
     @property
     def staleness_limit(self) -> int:

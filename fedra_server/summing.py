@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from fedra_edge.protocol.layers import TensorKey
-from fedra_edge.protocol.tensors import MAX_HEADER_BYTES
+from fedra_edge.protocol.tensors import MAX_HEADER_BYTES, FloatArray
 from fedra_server.server_optimizers import Float64Array
 
 _CHUNK_VALUES: Final = 2**16
@@ -36,7 +36,7 @@ class WeightedDelta:
     weights: Mapping[str, float]
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A tensor's place in the sum."""
 
     name: str
@@ -45,7 +45,7 @@ class _Place(NamedTuple):
     stop: int
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """Values ``start`` to ``stop`` of the sum, whose first term lies at ``offset`` in a file."""
 
     start: int
@@ -53,7 +53,7 @@ class _Span(NamedTuple):
     offset: int
     weight: float
 
-    def goes_on_in(self, span: _Span) -> bool:
+    def goes_on_in(self, span: Span) -> bool:
         """Tell whether another span follows this one in the sum and in the file alike."""
         end = self.offset + _FLOAT32_BYTES * (self.stop - self.start)
         return (span.start, span.offset, span.weight) == (self.stop, end, self.weight)
@@ -69,28 +69,40 @@ def sum_deltas(sizes: Mapping[str, int], deltas: Iterable[WeightedDelta]) -> Flo
     Raises:
         ValueError: A file does not hold what it was admitted with.
     """
-    places = list(_places(sizes))
+    places = list(places_of(sizes))
     total = np.zeros(places[-1].stop if places else 0, dtype=np.float64)
     waiting = iter(deltas)
     while group := list(islice(waiting, _FILES_AT_ONCE)):
         with ExitStack() as stack:
             files = [stack.enter_context(FileIO(delta.path)) for delta in group]
             terms = [
-                (file, _spans(file, places, delta.weights))
+                (file, spans_of(file, places, delta.weights))
                 for file, delta in zip(files, group, strict=True)
             ]
             _add(total, terms)
     return total
 
 
-def _places(sizes: Mapping[str, int]) -> Iterator[_Place]:
+def read_span(file: FileIO, span: Span, first: int, values: FloatArray) -> None:
+    """Fill an array with a span's values from ``first`` on.
+
+    Raises:
+        ValueError: The file is shorter than that.
+    """
+    file.seek(span.offset + _FLOAT32_BYTES * (first - span.start))
+    if file.readinto(values.data) != values.nbytes:
+        raise ValueError(f"{file.name!r} is shorter than its header says")
+
+
+def places_of(sizes: Mapping[str, int]) -> Iterator[Place]:
+    """Give the place of each tensor; they lie behind each other."""
     stop = 0
     for name, size in sizes.items():
         start, stop = stop, stop + size
-        yield _Place(name, TensorKey.parse(name).piece, start, stop)
+        yield Place(name, TensorKey.parse(name).piece, start, stop)
 
 
-def _add(total: Float64Array, terms: list[tuple[FileIO, list[_Span]]]) -> None:
+def _add(total: Float64Array, terms: list[tuple[FileIO, list[Span]]]) -> None:
     """Add the terms to the sum, chunk by chunk."""
     chunk = np.empty(_CHUNK_VALUES, dtype="<f4")
     scratch = np.empty(_CHUNK_VALUES, dtype=np.float64)
@@ -102,9 +114,7 @@ def _add(total: Float64Array, terms: list[tuple[FileIO, list[_Span]]]) -> None:
                 if first >= last:
                     continue
                 values, wide = chunk[: last - first], scratch[: last - first]
-                file.seek(span.offset + _FLOAT32_BYTES * (first - span.start))
-                if file.readinto(values.data) != values.nbytes:
-                    raise ValueError(f"{file.name!r} is shorter than its header says")
+                read_span(file, span, first, values)
                 if span.weight == 1.0:
                     total[first:last] += values
                     continue
@@ -113,21 +123,19 @@ def _add(total: Float64Array, terms: list[tuple[FileIO, list[_Span]]]) -> None:
                 total[first:last] += wide
 
 
-def _spans(file: FileIO, places: Sequence[_Place], weights: Mapping[str, float]) -> list[_Span]:
+def spans_of(file: FileIO, places: Sequence[Place], weights: Mapping[str, float]) -> list[Span]:
     """Find the wanted tensors of a file; neighbours of one weight become one span."""
-    spans: list[_Span] = []
+    spans: list[Span] = []
     for span in _tensors(file, places, weights):
         last = spans[-1] if spans else None
         if last is not None and last.goes_on_in(span):
-            spans[-1] = _Span(last.start, span.stop, last.offset, last.weight)
+            spans[-1] = Span(last.start, span.stop, last.offset, last.weight)
         else:
             spans.append(span)
     return spans
 
 
-def _tensors(
-    file: FileIO, places: Sequence[_Place], weights: Mapping[str, float]
-) -> Iterator[_Span]:
+def _tensors(file: FileIO, places: Sequence[Place], weights: Mapping[str, float]) -> Iterator[Span]:
     """Find each wanted tensor by the file's header."""
     header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if header_bytes > MAX_HEADER_BYTES:
@@ -143,4 +151,4 @@ def _tensors(
             raise ValueError(f"{file.name!r} holds no tensor {place.name}") from error
         if end - begin != _FLOAT32_BYTES * (place.stop - place.start):
             raise ValueError(f"{file.name!r} holds {place.name} in another size")
-        yield _Span(place.start, place.stop, _LENGTH_BYTES + header_bytes + begin, weight)
+        yield Span(place.start, place.stop, _LENGTH_BYTES + header_bytes + begin, weight)

@@ -18,6 +18,8 @@ FaultPoint = Literal[
     # the server
     "assign.decided",  # the cohort is drawn, nothing is recorded
     "assign.recorded",
+    "enrol.recorded",  # a client is enrolled, and has not heard of it
+    "key.changed",  # a client's new key holds, and it has not heard of it
     "upload.created",
     "upload.written",  # some bytes of a delta are in the file, not synced
     "upload.received",  # all bytes of a request are in the file, not synced
@@ -35,6 +37,10 @@ FaultPoint = Literal[
     "collect.deleted",
     "prune.recorded",  # deltas are let go in the records, their files are there
     # the client
+    "enrol.made",  # the key is on the disk, nobody has heard of it
+    "enrol.received",  # the server has a new member, which does not know it yet
+    "rotate.made",  # the next key is on the disk beside the current one
+    "rotate.told",  # the server knows the next key only, which is still called so
     "download.part",  # some bytes of a file are there
     "checkpoint.begun",  # a part of a checkpoint is written beside the last one
     "checkpoint.saved",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedra_edge.protocol.devices import DeviceProfile
+from fedra_edge.protocol.trust import JoinSecret, PublicKey, Signature
 from fedra_edge.protocol.wire import ByteCount, Count, Detail, ShortText, Token, WireModel
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$")]
@@ -14,18 +15,24 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class EnrolRequest(WireModel):
-    """Asks for membership in the population. ``run`` binds the client to one run."""
+    """Asks for membership in the population. ``run`` binds the client to one run.
+
+    The key signs ``("enrol", ca_sha256, public_key, sha256 of the join secret)``. Repeating it
+    with the same key and secret, after a lost answer, gives the same membership.
+    """
 
     name: SiteName
     profile: DeviceProfile
     run: RunName | None = None
+    public_key: PublicKey
+    join_secret: JoinSecret | None = Field(default=None, repr=False)
+    signature: Signature
 
 
 class EnrolReceipt(WireModel):
-    """Membership. The credential is told this once; the server keeps only its digest."""
+    """Membership; whoever holds the key that enrolled is this client from now on."""
 
     client_id: Token
-    credential: ShortText
 
 
 class RejoinRequest(WireModel):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,14 +56,29 @@ def serialize_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
 
 
+def tensor_parts(tensors: Mapping[str, FloatArray]) -> list[bytes | memoryview]:
+    """Give the same file in parts, of which all but the first are the arrays' own memory."""
+    ordered = {name: np.ascontiguousarray(tensors[name], "<f4") for name in sorted(tensors)}
+    text = _float32_header({name: array.shape for name, array in ordered.items()}).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    contents = (array.reshape(-1).view(np.uint8).data for array in ordered.values())
+    return [len(text).to_bytes(_LENGTH_BYTES, "little") + text, *contents]
+
+
 def tensor_file_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
     """Give the size of a safetensors file with these float32 tensors, without making it."""
+    text = _float32_header(shapes)
+    data_bytes = _ITEM_BYTES["F32"] * sum(map(math.prod, shapes.values()))
+    return _LENGTH_BYTES + math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT + data_bytes
+
+
+def _float32_header(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Describe float32 tensors that lie behind each other in the order of their names."""
     header, end = {}, 0
     for name, shape in sorted(shapes.items()):
         start, end = end, end + _ITEM_BYTES["F32"] * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"))
-    return _LENGTH_BYTES + math.ceil(len(text) / _ALIGNMENT) * _ALIGNMENT + end
+    return json.dumps(header, separators=(",", ":"))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -91,13 +107,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def read_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
     """Read one declared tensor into memory; bfloat16, which numpy lacks, becomes float32."""
-    dtype = np.dtype(_DTYPES[info.dtype])
     with path.open("rb") as file:
-        file.seek(info.start)
-        flat = np.fromfile(file, dtype=dtype, count=math.prod(info.shape))
-    if flat.size != math.prod(info.shape):
-        raise MalformedTensorsError("the file is shorter than its header says")
-    return (_from_bfloat16(flat) if info.dtype == _BF16 else flat).reshape(info.shape)
+        return _read_from(file, info)
 
 
 def map_tensor(path: Path, info: TensorInfo) -> NDArray[Any]:
@@ -116,7 +127,13 @@ def map_stored(path: Path, info: TensorInfo) -> NDArray[Any]:
 
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Read a whole file that is known to be small."""
-    return {name: read_tensor(path, info) for name, info in read_header(path).items()}
+    return read_declared(path, read_header(path))
+
+
+def read_declared(path: Path, infos: Mapping[str, TensorInfo]) -> dict[str, NDArray[Any]]:
+    """Read what a header declares, in one go."""
+    with path.open("rb") as file:
+        return {name: _read_from(file, info) for name, info in infos.items()}
 
 
 def iterate_float32(path: Path, info: TensorInfo) -> Iterator[bytes]:
@@ -131,6 +148,14 @@ def iterate_float32(path: Path, info: TensorInfo) -> Iterator[bytes]:
         values = np.frombuffer(chunk, _DTYPES[info.dtype])
         wide = _from_bfloat16(values) if info.dtype == _BF16 else values.astype("<f4", copy=False)
         yield wide.tobytes()
+
+
+def _read_from(file: BufferedReader, info: TensorInfo) -> NDArray[Any]:
+    flat = np.empty(math.prod(info.shape), dtype=_DTYPES[info.dtype])
+    file.seek(info.start)
+    if flat.size and file.readinto(flat.data) != flat.nbytes:
+        raise MalformedTensorsError("the file is shorter than its header says")
+    return (_from_bfloat16(flat) if info.dtype == _BF16 else flat).reshape(info.shape)
 
 
 def _from_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:

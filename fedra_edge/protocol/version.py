@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-PROTOCOL_VERSION: Final = "1.1"
+PROTOCOL_VERSION: Final = "2.0"
 """Major.minor. A minor step only adds optional fields and routes; a major step may break."""
 
 PROTOCOL_HEADER: Final = "Fedra-Protocol"

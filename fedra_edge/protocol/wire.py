@@ -40,7 +40,8 @@ def byte_count_of(text: str) -> int | None:
 class WireModel(BaseModel):
     """A frozen value with checked ranges.
 
-    Unknown fields are ignored, because a peer one minor version ahead may add some.
+    Unknown fields are ignored, because a peer one minor version ahead may add some. Errors never
+    repeat what came, which may be a secret.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from typing import Any, Final
@@ -48,7 +49,7 @@ def keep_freed_memory() -> None:
     kept where address space is limited, because a heap seldom gives that back.
     """
     if not _is_address_space_limited():
-        _set((_M_MMAP_THRESHOLD, _LARGEST_HEAP_BYTES), (_M_TRIM_THRESHOLD, _NEVER))
+        _set((_M_MMAP_THRESHOLD, _LARGEST_HEAP_BYTES), (_M_TRIM_THRESHOLD, _NEVER), (1, 0))
 
 
 def set_small_objects_apart() -> None:
@@ -70,6 +71,26 @@ def set_small_objects_apart() -> None:
             malloc(_SMALL_SIZES.start)
     for room in rooms:
         free(room)
+
+
+def empty_cache() -> None:
+    malloc, free = _of_c_library("malloc"), _of_c_library("free")
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    free.argtypes = [ctypes.c_void_p]
+    for size in range(24, 280, 16):
+        rooms = [malloc(size) for _ in range(14)]
+        for room in reversed(rooms):
+            free(room)
+
+
+def own_mapping(size_bytes: int) -> mmap.mmap:
+    """Give zeroed memory outside the heap, which goes back to the system once nobody refers to it.
+
+    What outlives its neighbours belongs there: in the heap it would leave a gap below itself.
+    """
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size_bytes)
+    return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def prefer_huge_pages() -> None:

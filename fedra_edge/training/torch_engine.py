@@ -72,6 +72,9 @@ class TorchEngine:
     ) -> float:
         """Add the gradient of the mean loss to the parameters."""
         label_ids = [torch.from_numpy(part) for part in labels]
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return self._slice.accumulate(entering, label_ids, num_examples)
 
     def step(self) -> None:

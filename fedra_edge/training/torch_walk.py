@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
+from fedra_edge.training.allocator import empty_cache, trim_heap
 from fedra_edge.training.torch_blocks import (
     build_block,
     build_head,
@@ -30,6 +31,7 @@ from fedra_edge.training.torch_blocks import (
     find_context,
     restore,
 )
+from fedra_edge.training.torch_keeping import kept_apart
 from fedra_edge.training.torch_lora import pull_linear
 from fedra_edge.training.torch_pieces import Context
 from fedra_edge.training.torch_pulling import pull
@@ -75,7 +77,8 @@ class StreamedSlice:
         for batch in inputs:
             on_device = batch.to(self._device)
             contexts.append(find_context(self._work.spec, on_device))
-            hidden.append(self._stem(on_device))
+            hidden.append(kept_apart(self._stem(on_device)))
+        trim_heap()
         for layer_id, following in pairwise((*self._prefix, self._suffix[0])):
             self._pass(layer_id, following, hidden, contexts)
         return [Entering(*pair) for pair in zip(hidden, contexts, strict=True)]
@@ -88,6 +91,8 @@ class StreamedSlice:
         kept = self._forward([batch.hidden for batch in entering], contexts)
         loss, gradients = self._turn(kept.pop(), contexts, labels, num_examples)
         self._backward(kept, contexts, gradients)
+        restore(self._block, self._unfilled)
+        trim_heap()
         return loss
 
     @torch.no_grad()
@@ -118,7 +123,7 @@ class StreamedSlice:
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             total += loss.item()
             if hidden.grad is not None:
-                gradients.append(hidden.grad)
+                gradients.append(kept_apart(hidden.grad))
         return total, gradients
 
     def _backward(
@@ -136,7 +141,7 @@ class StreamedSlice:
                 pulled = pull_linear(self._block.last, inside.detach(), gradient)
                 pull((residual, inside), (gradient, pulled))
                 if hidden.grad is not None:
-                    gradients[index] = hidden.grad
+                    gradient.copy_(hidden.grad)
 
     def _pass(
         self,
@@ -148,11 +153,13 @@ class StreamedSlice:
         """Send every micro-batch through a layer, in place of what entered it."""
         self._load(layer_id, following)
         for index, context in enumerate(contexts):
-            hidden[index] = self._block(hidden[index], *context)
+            hidden[index] = kept_apart(self._block(hidden[index], *context))
 
     def _load(self, layer_id: LayerId, following: LayerId | None) -> None:
         """Put a layer's weights, still in their file, into the block in place of the last ones."""
         following_piece = None if following is None else layer_piece(following)
         restore(self._block, self._unfilled)
+        empty_cache()
         weights = self._pieces.read(layer_piece(layer_id), following_piece)
         fill_block(self._block, weights, self._work.adapters, layer_id, self._trained)
+        empty_cache()

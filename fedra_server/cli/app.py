@@ -7,11 +7,23 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
+from pydantic import JsonValue
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server import __version__
-from fedra_server.cli import clients, models, pruning, runs
-from fedra_server.cli.audit import audit_home
+from fedra_server.addressing import check_exposure
+from fedra_server.authority import ensure_authority
+from fedra_server.chain import Event
+from fedra_server.cli import (
+    audit,
+    clients,
+    models,
+    operators,
+    pruning,
+    quarantine,
+    runs,
+    tokens,
+)
 from fedra_server.cli.disk import show_disk
 from fedra_server.cli.output import tell_json
 from fedra_server.cli.workplace import (
@@ -27,7 +39,9 @@ from fedra_server.cli.workplace import (
 )
 from fedra_server.config import CONFIG_TEMPLATE, ServerConfig, ServerHome
 from fedra_server.errors import NotFoundError
+from fedra_server.settings_file import Setting, with_settings
 from fedra_server.storage.durability import disk_errors, write_durably
+from fedra_server.storage.runs import manifest_sha256
 from fedra_server.storage.store import Store
 
 _UNLESS_SET: Final = "{} unless server.toml says otherwise"
@@ -45,27 +59,65 @@ app = typer.Typer(
 app.add_typer(models.app, name="model")
 app.add_typer(runs.app, name="run")
 app.add_typer(clients.app, name="client")
+app.add_typer(tokens.app, name="token")
+app.add_typer(operators.app, name="operator")
+app.add_typer(audit.app, name="audit")
+app.add_typer(quarantine.app, name="quarantine")
 app.command("disk", epilog=example("disk --home /srv/fedra --json"))(show_disk)
-app.command("audit", epilog=example("audit digits --json"))(audit_home)
 app.command(epilog=example("prune digits --keep-revisions 5 --dry-run"))(pruning.prune)
 
 
-@app.command(epilog=example("init --home /srv/fedra"))
-def init(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Make a server home: directories, settings file and database. Safe to repeat."""
+@app.command(epilog=example("init --home /srv/fedra --host-name hq.example"))
+def init(
+    host_names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host-name",
+            help="A name or address by which sites reach this machine; may be repeated. It goes "
+            "into the server's certificate; this machine's own are there by default.",
+        ),
+    ] = None,
+    certificate_file: Annotated[
+        Path | None, typer.Option(help="Your own certificate with its chain, instead of one made.")
+    ] = None,
+    key_file: Annotated[Path | None, typer.Option(help="The key of your own certificate.")] = None,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a server home: directories, settings, database, authority and certificate.
+
+    Safe to repeat: what is there stays.
+    """
     place = ServerHome(home.absolute())
     check_access(place)
+    settings: dict[str, Setting] = {"host_names": host_names} if host_names else {}
+    own = {"certificate_file": certificate_file, "key_file": key_file}
+    settings |= {name: str(path.absolute()) for name, path in own.items() if path is not None}
     with advising(CLOSED_REMEDY), disk_errors(f"making the server home {home}"):
         place.create()
         is_new = not place.config_file.exists()
-        if is_new:
-            write_durably(place.config_file, CONFIG_TEMPLATE.encode())
+        before = CONFIG_TEMPLATE if is_new else place.config_file.read_text(encoding="utf-8")
+        after = with_settings(before, settings)
+        if is_new or after != before:
+            write_durably(place.config_file, after.encode())
     config = ServerConfig.load(place)
     Store.open(place.path, config.database_url).close()
+    authority = ensure_authority(place)
+    _prepare_certificate(place, config)
     if as_json:
-        tell_json({"home": str(place.path), "config_file": str(place.config_file), "new": is_new})
+        told: dict[str, JsonValue] = {"home": str(place.path), "new": is_new}
+        told |= {"config_file": str(place.config_file), "ca_sha256": authority.ca_sha256}
+        tell_json(told)
     else:
         typer.echo(f"{'Made' if is_new else 'Found'} the server home {place.path}")
+
+
+def _prepare_certificate(home: ServerHome, config: ServerConfig) -> None:
+    """Make the certificate, or try the operator's own, so that `serve` has no surprises."""
+    from fedra_server.http.securing import ServerTls
+
+    check_exposure(config)
+    ServerTls(home, config)
 
 
 @app.command(epilog=example("serve --host 0.0.0.0 --port 8470"))
@@ -127,6 +179,12 @@ def export(
             else:
                 own = spec.model_copy(update={"graphs": record.spec.graphs})
                 export_revision(own, record.spec.adapter, manifest, place.blobs, out)
+        details: dict[str, JsonValue] = {
+            "revision": manifest.number,
+            "revision_sha256": manifest_sha256(manifest),
+            "format": form,
+        }
+        place.store.note(Event.REVISION_EXPORTED, run, details)
     if as_json:
         tell_json({"run": run, "revision": manifest.number, "out": str(out.absolute())})
     else:

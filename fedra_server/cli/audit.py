@@ -1,17 +1,50 @@
-"""fedra-server audit: check a home, and compute its revisions once more."""
+"""fedra-server audit: check a home and compute its revisions once more, or read its journal."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+from typer.core import TyperGroup
+from typing_extensions import override
 
 from fedra_server.auditing import AuditReport, audit
+from fedra_server.cli.audit_log import show_journal
 from fedra_server.cli.output import printable, tell_json, tell_table
-from fedra_server.cli.workplace import DEFAULT_HOME, HomeOption, JsonOption, open_workplace
+from fedra_server.cli.workplace import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    example,
+    open_workplace,
+)
 from fedra_server.exit_codes import ExitCode
 
+_UNNAMED: Final = "check"
 
+
+class AuditGroup(TyperGroup):
+    """A group in which a line that names no command of it means ``check``."""
+
+    @override
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        is_named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if is_named else [_UNNAMED, *args])
+
+
+app = typer.Typer(
+    cls=AuditGroup,
+    help=(
+        "Check a home, or read its journal. Without the name of a command, as in "
+        "`fedra-server audit digits`, it is `check`."
+    ),
+    epilog=example("audit digits --json"),
+    rich_markup_mode=None,
+)
+app.command("log", epilog=example("audit log --since 120"))(show_journal)
+
+
+@app.command(_UNNAMED, epilog=example("audit check digits --json"))
 def audit_home(
     run: Annotated[str | None, typer.Argument(help="A run; all of them by default.")] = None,
     revision: Annotated[

@@ -16,9 +16,11 @@ from fedra_server.cli.names import usage_error
 from fedra_server.errors import ConfigurationError
 from fedra_server.runs import (
     AllocationScheme,
+    MergeKind,
     MergeWeighting,
     RunMode,
     RunSpec,
+    ScreeningSpec,
     ServerOptimizerKind,
     ServerOptimizerSpec,
 )
@@ -27,6 +29,7 @@ DEFAULT_RUN: Final = RunSpec(adapter=AdapterSpec(targets=()))
 DEFAULT_ADAPTER: Final = DEFAULT_RUN.adapter
 DEFAULT_TRAINING: Final = TrainingSpec()
 DEFAULT_OPTIMIZER: Final = DEFAULT_RUN.server_optimizer
+DEFAULT_SCREENING: Final = DEFAULT_RUN.screening
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name of the registered model.")]
 RoundsOption = Annotated[int, typer.Option(help="How many rounds to publish.")]
@@ -87,6 +90,50 @@ MergeWeightingOption = Annotated[
     MergeWeighting, typer.Option(help="How deltas of a layer are weighted; uniform: as published.")
 ]
 MaxInverseChanceOption = Annotated[float, typer.Option(help="Cap of the inverse_chance weight.")]
+MergeOption = Annotated[
+    MergeKind,
+    typer.Option(
+        help="How the deltas of a layer become one. mean: weighted, any number of holders;"
+        " norm-clipped-mean: none longer than the median; trimmed-mean: without the largest and"
+        " smallest values; coordinate-median: without weights. With --tolerate A the last three"
+        " need 2A + 1 holders of a layer, a trimmed mean also A / --trim-fraction; a layer with"
+        " fewer stays as it is, or waits when buffered."
+    ),
+]
+TrimFractionOption = Annotated[
+    float, typer.Option(help="trimmed-mean: this fraction of the values goes at either end.")
+]
+TolerateOption = Annotated[
+    int,
+    typer.Option("--tolerate", help="Attackers among a layer's holders that the merge bears."),
+]
+ScreeningOption = Annotated[
+    bool,
+    typer.Option(
+        "--screening/--no-screening",
+        help="Hold each delta against the others of its layer: clip, or quarantine.",
+    ),
+]
+ClipFactorOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Scale a delta down to so many times the median norm; by default 3, or 1 for"
+        " norm-clipped-mean."
+    ),
+]
+QuarantineFactorOption = Annotated[
+    float, typer.Option(help="Quarantine a delta longer than so many times the median norm.")
+]
+CosineFloorOption = Annotated[
+    float,
+    typer.Option(
+        help="Quarantine a delta whose cosine to the mean of the others is lower, while most of"
+        " at least 4 agree; -1 for never."
+    ),
+]
+ExamplesFactorOption = Annotated[
+    float, typer.Option(help="num_examples counts up to so many times the median.")
+]
 MaxLayersOption = Annotated[int | None, typer.Option(help="No participant trains more layers.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of all draws of the run.")]
 RankOption = Annotated[int, typer.Option(help="Adapter rank.")]
@@ -120,7 +167,11 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
         "adapter": adapter,
         "training": _fields_of(TrainingSpec, chosen),
         "server_optimizer": _server_optimizer(chosen),
-    }
+        "screening": {
+            **_fields_of(ScreeningSpec, chosen), "enabled": chosen.get("screening", True)
+        },
+        "tolerated_attackers": chosen.get("tolerate", DEFAULT_RUN.tolerated_attackers),
+    }  # fmt: skip
     try:
         spec = RunSpec.model_validate({**_fields_of(RunSpec, chosen), **parts})
     except ValidationError as error:
@@ -146,6 +197,17 @@ def _options_without_effect(spec: RunSpec) -> list[str]:
     found = []
     if spec.mode != "buffered" and spec.buffer_size != DEFAULT_RUN.buffer_size:
         found.append("--buffer-size is of use only with --mode buffered")
+    rules, standard = spec.screening, DEFAULT_SCREENING
+    if not rules.enabled and rules != standard.model_copy(
+        update={"enabled": False, "clip_factor": rules.clip_factor}
+    ):
+        found.append("--quarantine-factor, --cosine-floor and --examples-factor need --screening")
+    if spec.clip_factor is None and rules.clip_factor is not None:
+        found.append("--clip-factor needs --screening, or --merge norm-clipped-mean")
+    if spec.merge != "trimmed-mean" and spec.trim_fraction != DEFAULT_RUN.trim_fraction:
+        found.append("--trim-fraction is of use only with --merge trimmed-mean")
+    if spec.merge == "mean" and spec.tolerated_attackers != DEFAULT_RUN.tolerated_attackers:
+        found.append("--tolerate is of no use with --merge mean, which bears none")
     if not optimizer.is_adaptive and (optimizer.tau, optimizer.beta2) != (
         default.tau,
         default.beta2,

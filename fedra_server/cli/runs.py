@@ -5,17 +5,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import JsonValue
 
 from fedra_edge.protocol.families import ONNX_FAMILY
 from fedra_edge.protocol.ids import RunId
 from fedra_edge.protocol.models import ModelSpec, PieceGraphs
+from fedra_server.chain import COMMAND
 from fedra_server.cli import run_options as options
 from fedra_server.cli.models import GRAPH_PACKAGES
 from fedra_server.cli.names import checked_name
@@ -35,6 +35,7 @@ from fedra_server.errors import ConfigurationError, ConflictError
 from fedra_server.previewing import preview_round
 from fedra_server.reporting import report_run
 from fedra_server.runs import RunSpec, RunState
+from fedra_server.steering import RunStep, steer, summarize_run
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import ModelRecord, RunRecord
 
@@ -71,6 +72,14 @@ def create(
     allocation: options.AllocationOption = options.DEFAULT_RUN.allocation,
     merge_weighting: options.MergeWeightingOption = options.DEFAULT_RUN.merge_weighting,
     max_inverse_chance: options.MaxInverseChanceOption = options.DEFAULT_RUN.max_inverse_chance,
+    merge: options.MergeOption = options.DEFAULT_RUN.merge,
+    trim_fraction: options.TrimFractionOption = options.DEFAULT_RUN.trim_fraction,
+    tolerate: options.TolerateOption = options.DEFAULT_RUN.tolerated_attackers,
+    screening: options.ScreeningOption = options.DEFAULT_SCREENING.enabled,
+    clip_factor: options.ClipFactorOption = options.DEFAULT_SCREENING.clip_factor,
+    quarantine_factor: options.QuarantineFactorOption = options.DEFAULT_SCREENING.quarantine_factor,
+    cosine_floor: options.CosineFloorOption = options.DEFAULT_SCREENING.cosine_floor,
+    examples_factor: options.ExamplesFactorOption = options.DEFAULT_SCREENING.examples_factor,
     max_layers: options.MaxLayersOption = options.DEFAULT_RUN.max_layers,
     seed: options.SeedOption = options.DEFAULT_RUN.seed,
     rank: options.RankOption = options.DEFAULT_ADAPTER.rank,
@@ -100,8 +109,9 @@ def create(
         graphs = _graphs(found.spec, spec.adapter.targets, place.blobs)
         spec = spec.model_copy(update={"graphs": graphs})
         record = _add_run(place, RunId(name), found, spec, is_started=start)
+        summary = summarize_run(place.store, record)
     if as_json:
-        tell_json(_summary(record, model))
+        tell_json(summary)
     else:
         how = f"start it with `fedra-server run start {name}{home_flag(home)}`"
         typer.echo(f"Created run {name} on {model}; {'it is running' if start else how}")
@@ -112,43 +122,40 @@ def create(
 @app.command(epilog=example("run start digits"))
 def start(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Start a created run, or go on with a paused one."""
-    _set_state(home, name, RunState.RUNNING, {RunState.CREATED, RunState.PAUSED}, as_json)
+    _steer(home, name, RunStep.START, as_json)
 
 
 @app.command(epilog=example("run pause digits"))
 def pause(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Let the open round end, then wait until started again."""
-    _set_state(home, name, RunState.PAUSED, {RunState.RUNNING}, as_json)
+    _steer(home, name, RunStep.PAUSE, as_json)
 
 
 @app.command(epilog=example("run stop digits"))
 def stop(name: NameArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """End a run for good; what it published stays."""
-    alive = {RunState.CREATED, RunState.RUNNING, RunState.PAUSED}
-    _set_state(home, name, RunState.STOPPED, alive, as_json)
+    _steer(home, name, RunStep.STOP, as_json)
 
 
 @app.command("list", epilog=example("run list --json"))
 def list_runs(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """List all runs."""
     with open_workplace(home) as place:
-        records = place.store.runs()
-        names = {record.model_id: record.spec.name for record in place.store.models()}
-        revisions = {it.run: place.store.revision(it.run).manifest.number for it in records}
+        runs = [summarize_run(place.store, record) for record in place.store.runs()]
     if as_json:
-        tell_json({"runs": [_summary(record, names[record.model_id]) for record in records]})
+        tell_json({"runs": [run.model_dump(mode="json") for run in runs]})
         return
     tell_table(
         ["RUN", "MODEL", "STATE", "ROUNDS", "CREATED"],
         [
             [
-                record.run,
-                names[record.model_id],
-                record.state,
-                f"{revisions[record.run]} of {record.spec.rounds}",
-                format_time(record.created_at),
+                run.run,
+                run.model,
+                run.state,
+                f"{run.rounds_published} of {run.rounds_planned}",
+                format_time(run.created_at),
             ]
-            for record in records
+            for run in runs
         ],
         empty="No runs yet; create one with `fedra-server run create NAME --model MODEL`.",
     )
@@ -237,26 +244,11 @@ def _add_run(
     return record
 
 
-def _set_state(
-    home: Path, name: str, state: RunState, allowed_from: Collection[RunState], as_json: bool
-) -> None:
+def _steer(home: Path, name: str, step: RunStep, as_json: bool) -> None:
     with open_workplace(home) as place:
-        if place.store.run(name).state is state:
-            raise ConflictError(f"run {name!r} is {state} already")
-        record = place.store.set_run_state(name, state, allowed_from)
-        model = place.store.model(record.model_id).spec.name
+        record = steer(place.store, name, step, by=COMMAND)
+        summary = summarize_run(place.store, record)
     if as_json:
-        tell_json(_summary(record, model))
+        tell_json(summary)
     else:
         typer.echo(f"Run {name} is {record.state}")
-
-
-def _summary(record: RunRecord, model: str) -> JsonValue:
-    return {
-        "run": record.run,
-        "model": model,
-        "state": record.state.value,
-        "rounds_planned": record.spec.rounds,
-        "created_at": record.created_at,
-        "spec": record.spec.model_dump(mode="json"),
-    }

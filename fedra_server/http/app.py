@@ -12,15 +12,44 @@ from fastapi import FastAPI
 from typing_extensions import override
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
-from fedra_server.http import assignments, blobs, clients, evaluations, health, models, uploads
+from fedra_server.http import (
+    admitting,
+    assignments,
+    blobs,
+    clients,
+    evaluations,
+    health,
+    metrics,
+    models,
+    operating,
+    trust,
+    uploads,
+)
 from fedra_server.http.discarding import discard_dead_uploads
+from fedra_server.http.fairness import FairShare, Shares
 from fedra_server.http.limits import BodyLimit, LingeringClose, ProtocolStamp
 from fedra_server.http.mounting import complete_document
+from fedra_server.http.plainness import PlainRequests
 from fedra_server.http.problems import DefectAnswer, install_problems
 from fedra_server.http.services import Services
 
 _THREADS: Final = 12
 """Threads for handlers: each keeps memory, and only one of them computes at a time."""
+
+
+_MODULES: Final = (
+    admitting,
+    health,
+    trust,
+    clients,
+    assignments,
+    models,
+    blobs,
+    uploads,
+    evaluations,
+    operating,
+    metrics,
+)
 
 
 class Application(FastAPI):
@@ -51,10 +80,12 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     install_problems(app)
     app.add_middleware(BodyLimit, max_bytes=services.config.max_request_bytes)
+    app.add_middleware(FairShare, shares=Shares(services.config))
+    app.add_middleware(PlainRequests)
     app.add_middleware(DefectAnswer)
     app.add_middleware(ProtocolStamp)
     app.add_middleware(LingeringClose)
-    for module in (health, clients, assignments, models, blobs, uploads, evaluations):
+    for module in _MODULES:
         app.include_router(module.router)
     return app
 

@@ -1,14 +1,12 @@
-"""Who is calling: the protocol version and the credential of a request."""
+"""Who is calling: the protocol version and the session of a request."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import secrets
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final
 
-from fastapi import Depends, Header, Security
+from fastapi import Depends, Header, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from fedra_edge.protocol.problems import ProblemCode
@@ -21,32 +19,14 @@ from fedra_edge.protocol.version import (
 )
 from fedra_server import __version__
 from fedra_server.errors import NotAuthenticatedError, RefusedError
+from fedra_server.http.fairness import CALLER
 from fedra_server.http.services import ServicesHere
 from fedra_server.storage.records import ClientRecord
+from fedra_server.storage.tokens import require_member
 
 LOGGER: Final = logging.getLogger(__name__)
 
-_BEARER: Final = HTTPBearer(
-    auto_error=False, description="The credential that enrolment gave, told once."
-)
-
-
-class Credential(NamedTuple):
-    """A new secret and the digest of it that the server keeps."""
-
-    secret: str
-    sha256: str
-
-
-def new_credential() -> Credential:
-    """Draw a secret that nobody can guess."""
-    secret = secrets.token_urlsafe(32)
-    return Credential(secret, credential_sha256(secret))
-
-
-def credential_sha256(secret: str) -> str:
-    """Digest a credential; the secret itself is never stored."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+_BEARER: Final = HTTPBearer(auto_error=False, description="The secret of a session.")
 
 
 async def require_protocol(
@@ -78,19 +58,23 @@ def _note_skew(version: str) -> None:
 
 
 def authenticate(
+    request: Request,
     services: ServicesHere,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
 ) -> ClientRecord:
-    """Find the client that a credential belongs to.
+    """Find the client whose session this is, as the records know it at this moment.
 
     Raises:
-        NotAuthenticatedError: There is no credential, or it is nobody's.
+        NotAuthenticatedError: There is no session, or it is over.
+        RefusedError: The client's membership is over.
     """
     if bearer is None:
         raise NotAuthenticatedError("the request has no 'Authorization: Bearer ...' header")
-    client = services.store.client_by_credential(credential_sha256(bearer.credentials))
-    if client is None or client.has_left:
-        raise NotAuthenticatedError("the server does not know this credential")
+    client_id = services.sessions.client_of(bearer.credentials, services.clock.now())
+    if client_id is None:
+        raise NotAuthenticatedError("the server knows no such session, or it is over")
+    client = require_member(services.store.client(client_id))
+    setattr(request.state, CALLER, client.client_id)
     return client
 
 
@@ -98,4 +82,4 @@ SpeaksProtocol: Final = Depends(require_protocol)
 """For a router whose routes all need a compatible caller."""
 
 Caller = Annotated[ClientRecord, Depends(authenticate)]
-"""A handler parameter of this type requires a credential and receives its client."""
+"""A handler parameter of this type requires a session and receives its client."""

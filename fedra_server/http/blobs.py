@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Annotated, Final, NamedTuple
 
@@ -18,8 +19,9 @@ from fedra_server.http.auth import Caller, SpeaksProtocol
 from fedra_server.http.models import IMMUTABLE
 from fedra_server.http.mounting import FOR_CLIENTS, mount
 from fedra_server.http.problems import RefusedWithHeadersError
-from fedra_server.http.services import ServicesHere
+from fedra_server.http.services import Services, ServicesHere
 from fedra_server.storage.durability import disk_errors
+from fedra_server.storage.records import ClientRecord
 
 router = APIRouter(tags=["blobs"], dependencies=[SpeaksProtocol])
 
@@ -49,6 +51,8 @@ class Span(NamedTuple):
     routes.BLOB,
     *FOR_CLIENTS,
     ProblemCode.NOT_FOUND,
+    ProblemCode.NOT_ASSIGNED,
+    ProblemCode.TRANSFER_EXHAUSTED,
     ProblemCode.RANGE_NOT_SATISFIABLE,
     response_class=StreamingResponse,
     responses={
@@ -60,12 +64,14 @@ class Span(NamedTuple):
 def download(
     sha256: HexDigest,
     services: ServicesHere,
-    _client: Caller,
+    client: Caller,
+    *,
     wanted: Annotated[str | None, Header(alias="Range")] = None,
     if_range: Annotated[str | None, Header(alias="If-Range")] = None,
     if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None,
 ) -> Response:
     """Stream a blob or one range of it; a blob never changes, so caches may keep it for ever."""
+    _require(services, client, [sha256])
     path = services.blobs.path(sha256)
     etag = f'"{sha256}"'
     headers = {"ETag": etag, "Cache-Control": IMMUTABLE, "Accept-Ranges": "bytes"}
@@ -76,9 +82,9 @@ def download(
     is_partial_welcome = if_range is None or if_range.strip() == etag
     span = parse_range(wanted, size_bytes) if wanted and is_partial_welcome else None
     if span is None:
-        return _respond(iterate_chunks(path), size_bytes, headers)
+        return _respond(_counted(services, client, iterate_chunks(path)), size_bytes, headers)
     headers["Content-Range"] = f"bytes {span.first}-{span.last}/{size_bytes}"
-    chunks = iterate_chunks(path, span.first, span.size_bytes)
+    chunks = _counted(services, client, iterate_chunks(path, span.first, span.size_bytes))
     return _respond(chunks, span.size_bytes, headers, 206)
 
 
@@ -87,19 +93,23 @@ def download(
     routes.BLOBS,
     *FOR_CLIENTS,
     ProblemCode.NOT_FOUND,
+    ProblemCode.NOT_ASSIGNED,
+    ProblemCode.TRANSFER_EXHAUSTED,
     response_class=StreamingResponse,
     responses={200: {"description": "The bytes of all blobs, in the order asked.", **_BYTES}},
 )
 def download_many(
     sha256: Annotated[str, Query(pattern=_DIGESTS, description="Digests, comma-separated.")],
     services: ServicesHere,
-    _client: Caller,
+    client: Caller,
 ) -> Response:
     """Stream blobs one after another, so that many small ones cost a single request."""
-    paths = [services.blobs.path(digest) for digest in sha256.split(",")]
+    digests = sha256.split(",")
+    _require(services, client, digests)
+    paths = [services.blobs.path(digest) for digest in digests]
     with disk_errors("reading blobs"):
         size_bytes = sum(path.stat().st_size for path in paths)
-    chunks = chain.from_iterable(map(iterate_chunks, paths))
+    chunks = _counted(services, client, chain.from_iterable(map(iterate_chunks, paths)))
     return _respond(chunks, size_bytes, {"Cache-Control": "no-store"})
 
 
@@ -127,6 +137,22 @@ def parse_range(text: str, size_bytes: int) -> Span | None:
             {"Content-Range": f"bytes */{size_bytes}"},
         )
     return span
+
+
+def _require(services: Services, client: ClientRecord, digests: Sequence[str]) -> None:
+    """Refuse what no work of the client names, and everything to one that had far too much."""
+    services.reach.require_blobs(client, digests)
+    wait_s = services.reach.wait_s(client, services.clock.now())
+    if wait_s:
+        raise RefusedWithHeadersError(
+            ProblemCode.TRANSFER_EXHAUSTED,
+            "this client has fetched several times what its work needs since the last revision",
+            {"Retry-After": str(math.ceil(wait_s))},
+        )
+
+
+def _counted(services: Services, client: ClientRecord, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    return services.reach.counted(client, chunks, services.clock.now())
 
 
 def _matches(etag: str, if_none_match: str) -> bool:

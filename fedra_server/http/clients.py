@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.devices import Calibration
+from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.messages import (
     ClientStatus,
@@ -18,12 +19,16 @@ from fedra_edge.protocol.messages import (
     RejoinRequest,
 )
 from fedra_edge.protocol.problems import Problem, ProblemCode
-from fedra_server.errors import ConflictError, NotFoundError, NotPermittedError
-from fedra_server.http.auth import Caller, SpeaksProtocol, new_credential
+from fedra_edge.protocol.trust import KeyChange, enrolment_message, key_message
+from fedra_server.errors import ConflictError, NotFoundError, NotPermittedError, RefusedError
+from fedra_server.http.auth import Caller, SpeaksProtocol
 from fedra_server.http.mounting import FOR_CLIENTS, mount
 from fedra_server.http.services import Services, ServicesHere
+from fedra_server.leaving import end_membership
 from fedra_server.runs import AssignmentState
+from fedra_server.signatures import check_signature
 from fedra_server.storage.records import AssignmentRecord, ClientRecord
+from fedra_server.storage.tokens import require_member
 
 router = APIRouter(tags=["clients"], dependencies=[SpeaksProtocol])
 
@@ -32,22 +37,27 @@ router = APIRouter(tags=["clients"], dependencies=[SpeaksProtocol])
     router,
     routes.ENROL,
     ProblemCode.PROTOCOL_MISMATCH,
+    ProblemCode.JOIN_TOKEN_INVALID,
+    ProblemCode.SIGNATURE_INVALID,
+    ProblemCode.CLIENT_REVOKED,
     ProblemCode.NOT_FOUND,
     ProblemCode.NOT_PERMITTED,
     status_code=201,
     responses={503: {"model": Problem, "description": "Too many machines enrol at once."}},
 )
 def enrol(request: EnrolRequest, services: ServicesHere) -> EnrolReceipt:
-    """Take a client into the population; the credential is told this once."""
+    """Take who holds a key into the population, once however often it is asked."""
+    message = enrolment_message(
+        services.authority.ca_sha256, request.public_key, request.join_secret
+    )
+    check_signature(request.public_key, request.signature, message)
+    known = services.store.client_with_key(request.public_key)
+    if known is not None:
+        return EnrolReceipt(client_id=require_member(known).client_id)
     now = services.clock.now()
+    _require_admission(services, request.join_secret, now)
     services.enrolments.enter(now, services.config.max_enrolments_per_minute)
     _require_run(services, request.run)
-    if len(services.store.clients()) >= services.config.max_clients:
-        raise NotPermittedError(
-            f"the population has reached its limit of {services.config.max_clients} clients",
-            remedy="Ask the operator to raise max_clients in the server's settings.",
-        )
-    credential = new_credential()
     client = ClientRecord(
         client_id=ClientId(secrets.token_hex(8)),
         name=request.name,
@@ -58,9 +68,32 @@ def enrol(request: EnrolRequest, services: ServicesHere) -> EnrolReceipt:
         is_online=True,
         has_left=False,
     )
-    services.store.add_client(client, credential.sha256)
+    enrolled = services.store.enrol(
+        client, request.public_key, request.join_secret, services.config.max_clients
+    )
+    services.sessions.end_all(enrolled.client_id)
+    fault_point("enrol.recorded")
     services.coordinator.wake()
-    return EnrolReceipt(client_id=client.client_id, credential=credential.secret)
+    return EnrolReceipt(client_id=enrolled.client_id)
+
+
+@mount(
+    router,
+    routes.CHANGE_KEY,
+    *FOR_CLIENTS,
+    ProblemCode.SIGNATURE_INVALID,
+    ProblemCode.NOT_PERMITTED,
+    status_code=204,
+)
+def change_key(change: KeyChange, services: ServicesHere, client: Caller) -> None:
+    """Let a new key take the place of a client's; sessions go on, repeating it is harmless."""
+    message = key_message(services.authority.ca_sha256, client.client_id, change.public_key)
+    check_signature(change.public_key, change.signature, message)
+    try:
+        services.store.change_key(client.client_id, change.public_key)
+    except ConflictError as error:
+        raise NotPermittedError("this key is of another client") from error
+    fault_point("key.changed")
 
 
 @mount(router, routes.REJOIN, *FOR_CLIENTS, ProblemCode.NOT_FOUND)
@@ -81,9 +114,8 @@ def status(services: ServicesHere, client: Caller) -> ClientStatus:
 
 @mount(router, routes.LEAVE, *FOR_CLIENTS, status_code=204)
 def leave(services: ServicesHere, client: Caller) -> None:
-    """End a membership: the credential stops working, nobody waits for the client."""
-    _release_open_assignment(services, client, "the client left")
-    services.store.leave(client.client_id, services.clock.now())
+    """End a membership: key and sessions stop working, nobody waits for the client."""
+    end_membership(services.store, client.client_id, services.clock.now())
     services.coordinator.wake()
 
 
@@ -97,7 +129,8 @@ def go_offline(services: ServicesHere, client: Caller) -> None:
 @mount(router, routes.HEARTBEAT, *FOR_CLIENTS, ProblemCode.NOT_FOUND, ProblemCode.NOT_PERMITTED)
 def heartbeat(beat: Heartbeat, services: ServicesHere, client: Caller) -> HeartbeatReceipt:
     """Note that a participant is alive; tell it whether its work is still awaited."""
-    services.store.touch(client.client_id, services.clock.now())
+    if services.is_sign_due(client):
+        services.store.touch(client.client_id, services.clock.now())
     assignment = own_assignment(services, client, AssignmentId(beat.assignment_id))
     awaited = services.store.open_assignment(client.client_id)
     return HeartbeatReceipt(
@@ -141,10 +174,14 @@ def give_up(services: Services, assignment: AssignmentRecord, detail: str) -> No
     services.coordinator.wake()
 
 
-def _release_open_assignment(services: Services, client: ClientRecord, detail: str) -> None:
-    assignment = services.store.open_assignment(client.client_id)
-    if assignment is not None:
-        give_up(services, assignment, detail)
+def _require_admission(services: Services, join_secret: str | None, now: float) -> None:
+    """Refuse whom no join token admits, before anything else is looked up for them."""
+    if join_secret is not None:
+        services.store.check_join_secret(join_secret, now)
+    elif services.config.enrolment != "open":
+        raise RefusedError(
+            ProblemCode.JOIN_TOKEN_INVALID, "this server takes new clients by join string only"
+        )
 
 
 def _require_run(services: Services, run: str | None) -> None:

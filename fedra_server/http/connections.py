@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import sys
 import time
+from collections import Counter
+from http import HTTPStatus
 from typing import Any, ClassVar, Final
+from weakref import WeakKeyDictionary
 
 import h11
+from fastapi import Response
 from typing_extensions import override
+from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_server.http.fairness import network_of
+from fedra_server.http.pacing import Buckets, Rate
+from fedra_server.http.problems import problem_response
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +39,15 @@ _RESERVED: Final = 160
 """Descriptors for the database, logs, merging, and connections just accepted."""
 _FEWEST: Final = 16
 _TOLD_AGAIN_S: Final = 60.0
+_SHARE: Final = 0.75
+"""The part of all connections that one address may have; a site may be many clients."""
+_OPENED: Final = Rate(per_s=50.0, burst=500.0)
+"""How often one address may open a connection that is listened to at once."""
+_LONGEST_HOLD_S: Final = 10.0
+_LINGER_S: Final = 2.0
+_PEERS: Final = logging.getLogger(f"{__name__}.peers")
+"""Where uvicorn complains of what peers send; nobody should be able to fill the disk with it."""
+_PEERS.setLevel(logging.ERROR)
 
 
 def most_connections(max_clients: int) -> int:
@@ -58,6 +79,45 @@ class Throttle:
         return True
 
 
+class ConnectionShares:
+    """The connections of each address, of those that one server has open."""
+
+    def __init__(self, config: Config) -> None:
+        trusted = config.forwarded_allow_ips if config.proxy_headers else []
+        self._proxies = [ipaddress.ip_network(it, strict=False) for it in trusted]
+        self._most = int(_SHARE * (config.limit_concurrency or sys.maxsize))
+        self._open: Counter[str] = Counter()
+        self._opened: Buckets[str] = Buckets(_OPENED)
+
+    def enter(self, host: str, now: float) -> float | None:
+        """Count a new connection; tell when to listen to it, in seconds. Proxies have no limit.
+
+        Returns:
+            None when its address has too many.
+        """
+        name = network_of(host)
+        self._open[name] += 1
+        if self._is_proxy(host):
+            return 0.0
+        if self._open[name] > self._most:
+            return None
+        return self._opened.reserve(name, now, _LONGEST_HOLD_S)
+
+    def leave(self, host: str) -> None:
+        """Count a connection no longer."""
+        name = network_of(host)
+        self._open[name] -= 1
+        if self._open[name] <= 0:
+            del self._open[name]
+
+    def _is_proxy(self, host: str) -> bool:
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return any(address in network for network in self._proxies)
+
+
 class BoundedProtocol(H11Protocol):
     """A connection that is turned away when there are too many, and closed when it asks nothing.
 
@@ -65,18 +125,34 @@ class BoundedProtocol(H11Protocol):
     """
 
     _telling: ClassVar = Throttle(_TOLD_AGAIN_S)
+    _shares: ClassVar[WeakKeyDictionary[ServerState, ConnectionShares]] = WeakKeyDictionary()
     _overdue: asyncio.TimerHandle | None = None
+    _host = ""
+    _is_refused = False
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
         super().connection_made(transport)
-        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+        self.logger = _PEERS
+        self._host = self.client[0] if self.client else ""
+        if self.server_state not in self._shares:
+            self._shares[self.server_state] = ConnectionShares(self.config)
+        hold_s = self._shares[self.server_state].enter(self._host, self.loop.time())
+        is_full = self.limit_concurrency is not None and (
+            len(self.connections) >= self.limit_concurrency
+        )
+        if is_full or hold_s is None:
             self._turn_away()
+        elif hold_s:
+            transport.pause_reading()
+            self.loop.call_later(hold_s, self._listen)
         else:
             self._expect_head()
 
     @override
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:  # a part of a head at most
             self._expect_head()
@@ -85,8 +161,32 @@ class BoundedProtocol(H11Protocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
+        self._shares[self.server_state].leave(self._host)
         self._stop_expecting()
         super().connection_lost(exc)
+
+    @override
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP with a problem document; it must be read before we close."""
+        hint = getattr(sys.exception(), "error_status_hint", 0)
+        is_too_large = hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        code = ProblemCode.HEAD_TOO_LARGE if is_too_large else ProblemCode.HTTP_MALFORMED
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            self.transport.write(
+                _as_http(problem_response(code, "this cannot be read as HTTP/1.1"))
+            )
+        self._is_refused = True
+        self._stop_expecting()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
+
+    def _listen(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._expect_head()
 
     def _expect_head(self) -> None:
         if self._overdue is None:
@@ -107,6 +207,14 @@ class BoundedProtocol(H11Protocol):
             b"Retry-After: 10\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         )
         self.transport.close()
+
+
+def _as_http(response: Response) -> bytes:
+    """Write an answer that ends its connection."""
+    status = HTTPStatus(response.status_code)
+    lines = [f"HTTP/1.1 {status} {status.phrase}".encode(), b"connection: close"]
+    lines += [name + b": " + value for name, value in response.raw_headers]
+    return b"\r\n".join([*lines, b"", bytes(response.body)])
 
 
 def tell_rarely_of_failed_accepts(loop: asyncio.AbstractEventLoop) -> None:

@@ -56,7 +56,8 @@ def _discard_if_dead(services: Services, upload: UploadRecord) -> None:
             discard(services, upload)
         else:
             arrived_bytes = part_size_bytes(services.home.upload_part(upload.upload_id))
-            services.quota.expect_rest(upload.upload_id, upload.delta.size_bytes - arrived_bytes)
+            rest_bytes = upload.delta.size_bytes - arrived_bytes
+            services.quota.expect_rest(upload.upload_id, rest_bytes, upload.client_id)
 
 
 def _is_dead(services: Services, upload: UploadRecord) -> bool:

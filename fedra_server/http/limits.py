@@ -11,13 +11,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedra_edge.protocol.problems import ProblemCode
-from fedra_edge.protocol.routes import UPLOAD_APPEND
+from fedra_edge.protocol.routes import UPLOAD_APPEND, UPLOAD_WHOLE
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.http.problems import ANSWERS, problem_response
 
 _LINGER_S: Final = 10.0
 _MAX_SILENCE_S: Final = 60.0
 """A sender whose body pauses for longer is treated as gone, so that it holds nothing for ever."""
+_MAX_BODY_S: Final = 120.0
+"""How long any body but an upload's may take, of which each byte could come just in time."""
 _UPLOADS: Final = UPLOAD_APPEND.fill(upload_id="")
 
 
@@ -46,14 +48,24 @@ class BodyLimit:
 
     def _is_upload(self, scope: Scope) -> bool:
         path: str = scope["path"]
-        return scope["method"] == UPLOAD_APPEND.method and path.startswith(_UPLOADS)
+        is_append = scope["method"] == UPLOAD_APPEND.method and path.startswith(_UPLOADS)
+        return is_append or (scope["method"], path) == (UPLOAD_WHOLE.method, UPLOAD_WHOLE.path)
 
     def _counting(self, receive: Receive) -> Receive:
         received_bytes = 0
+        is_over = False
+        deadline = asyncio.get_running_loop().time() + _MAX_BODY_S
 
         async def receive_counted() -> Message:
-            nonlocal received_bytes
-            message = await receive()
+            nonlocal received_bytes, is_over
+            try:
+                async with asyncio.timeout_at(None if is_over else deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                status = ANSWERS[ProblemCode.BODY_TOO_SLOW].status
+                told = f"the body was not there after {_MAX_BODY_S:g} s"
+                raise HTTPException(status, told, {"Connection": "close"}) from error
+            is_over = not message.get("more_body")
             received_bytes += len(message.get("body", b""))
             if received_bytes > self._max_bytes:
                 status = ANSWERS[ProblemCode.REQUEST_TOO_LARGE].status

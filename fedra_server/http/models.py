@@ -21,11 +21,12 @@ IMMUTABLE: Final = "private, max-age=31536000, immutable"
 """Cache-Control of what is named by its content."""
 
 
-@mount(router, routes.MODEL, *FOR_CLIENTS, ProblemCode.NOT_FOUND)
+@mount(router, routes.MODEL, *FOR_CLIENTS, ProblemCode.NOT_FOUND, ProblemCode.NOT_ASSIGNED)
 def describe_model(
-    model_id: HexDigest, services: ServicesHere, _client: Caller, response: Response
+    model_id: HexDigest, services: ServicesHere, client: Caller, response: Response
 ) -> ModelSpec:
     """Give everything a client needs to know of a model, except the weights."""
+    services.reach.require_model(client, model_id)
     spec = services.store.model(ModelId(model_id)).spec
     response.headers["Cache-Control"] = IMMUTABLE
     return spec

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypedDict, TypeVar, Unpack
 
 from fastapi import APIRouter, Response
+from fastapi.params import Depends
 from pydantic import BaseModel
 
 from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCode
 from fedra_edge.protocol.routes import Route
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
+from fedra_server.http.plainness import PlainRoute
 from fedra_server.http.problems import ANSWERS
 
 
@@ -22,6 +24,7 @@ class MountOptions(TypedDict, total=False):
     response_class: type[Response]
     response_model: type[BaseModel]
     openapi_extra: dict[str, Any]
+    dependencies: Sequence[Depends]
 
 
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
@@ -35,9 +38,25 @@ _SPOKEN_VERSIONS: Final = {
 _FOR_EVERYONE: Final = (
     ProblemCode.MALFORMED_REQUEST,
     ProblemCode.REQUEST_TOO_LARGE,
+    ProblemCode.HTTP_MALFORMED,
+    ProblemCode.HEAD_TOO_LARGE,
+    ProblemCode.LENGTH_AMBIGUOUS,
+    ProblemCode.HOST_MALFORMED,
+    ProblemCode.PATH_MALFORMED,
+    ProblemCode.EXPECTATION_FAILED,
+    ProblemCode.ENCODING_UNSUPPORTED,
+    ProblemCode.CONTENT_TYPE_UNSUPPORTED,
+    ProblemCode.BODY_TOO_SLOW,
+    ProblemCode.REPEATED_NAME,
+    ProblemCode.TOO_MANY_REQUESTS,
     ProblemCode.INTERNAL,
 )
-FOR_CLIENTS: Final = (ProblemCode.NOT_AUTHENTICATED, ProblemCode.PROTOCOL_MISMATCH)
+"""What any request may be answered by; most of these are written by those before the handlers."""
+FOR_CLIENTS: Final = (
+    ProblemCode.NOT_AUTHENTICATED,
+    ProblemCode.CLIENT_REVOKED,
+    ProblemCode.PROTOCOL_MISMATCH,
+)
 """What any route for enrolled clients may refuse."""
 
 
@@ -56,6 +75,7 @@ def mount(
             handler,
             methods=[route.method],
             responses=_document(*_FOR_EVERYONE, *refuses) | dict(responses),
+            route_class_override=PlainRoute,
             **options,
         )
         return handler

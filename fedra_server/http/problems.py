@@ -40,6 +40,8 @@ class Answer(NamedTuple):
 
 
 _RETRAIN: Final = "Nothing to do: the client sets this result aside and takes the next round."
+_CHECK_WAY: Final = "Check proxies on the way; they may alter requests."
+_WAIT: Final = "Nothing to do: the client waits as long as Retry-After says, and goes on."
 _REINSTALL: Final = "Update the client software at this site to the version the server runs."
 
 ANSWERS: Final[Mapping[ProblemCode, Answer]] = {
@@ -47,18 +49,52 @@ ANSWERS: Final[Mapping[ProblemCode, Answer]] = {
     ProblemCode.NOT_AUTHENTICATED: Answer(
         401, "Run 'fedra-edge leave' and then 'fedra-edge join' on this machine to enrol it again."
     ),
+    ProblemCode.JOIN_TOKEN_INVALID: Answer(
+        403, "Ask the operator for a new join string ('fedra-server token create')."
+    ),
+    ProblemCode.SIGNATURE_INVALID: Answer(
+        403, "Check that this machine joined with its own data folder, not a copy of another's."
+    ),
+    ProblemCode.CHALLENGE_INVALID: Answer(
+        403, "Nothing to do: the client takes a new challenge by itself."
+    ),
+    ProblemCode.CLIENT_REVOKED: Answer(
+        403, "Ask the operator for a new join string if this machine should take part again."
+    ),
     ProblemCode.NOT_PERMITTED: Answer(
         403, "Check that this machine joined with its own data folder, not a copy of another's."
+    ),
+    ProblemCode.ROLE_INSUFFICIENT: Answer(
+        403, "Use the credential of an operator with the role that is named."
     ),
     ProblemCode.NOT_FOUND: Answer(
         404, "Check the address and the names that were typed; ask the operator what exists."
     ),
+    ProblemCode.NOT_ASSIGNED: Answer(
+        403, "Nothing to do: a client reads what its work names; ask for the assignment again."
+    ),
+    ProblemCode.HTTP_MALFORMED: Answer(400, _CHECK_WAY),
+    ProblemCode.HEAD_TOO_LARGE: Answer(431, _CHECK_WAY),
+    ProblemCode.LENGTH_AMBIGUOUS: Answer(400, _CHECK_WAY),
+    ProblemCode.HOST_MALFORMED: Answer(400, _CHECK_WAY),
+    ProblemCode.PATH_MALFORMED: Answer(400, "Check the address given with --server."),
+    ProblemCode.EXPECTATION_FAILED: Answer(417, _CHECK_WAY),
+    ProblemCode.ENCODING_UNSUPPORTED: Answer(415, "Send bodies as they are, not compressed."),
+    ProblemCode.CONTENT_TYPE_UNSUPPORTED: Answer(415, _REINSTALL),
+    ProblemCode.BODY_TOO_SLOW: Answer(408, "Nothing to do: the client tries again by itself."),
+    ProblemCode.REPEATED_NAME: Answer(422, _REINSTALL),
+    ProblemCode.TOO_MANY_REQUESTS: Answer(429, _WAIT),
+    ProblemCode.TOO_MANY_UPLOADS: Answer(
+        429, "Finish the deltas that have begun; the client does so by itself."
+    ),
+    ProblemCode.TRANSFER_EXHAUSTED: Answer(429, _WAIT),
     ProblemCode.METHOD_NOT_ALLOWED: Answer(405, "Check the address; see /openapi.json."),
     ProblemCode.PROTOCOL_MISMATCH: Answer(426, _REINSTALL),
     ProblemCode.REQUEST_TOO_LARGE: Answer(413, _REINSTALL),
     ProblemCode.RANGE_NOT_SATISFIABLE: Answer(
         416, "Delete the partly downloaded file; the client then fetches it from the start."
     ),
+    ProblemCode.STATE_CONFLICT: Answer(409, "Look at the state of things, and ask again."),
     ProblemCode.ROUND_CLOSED: Answer(409, _RETRAIN),
     ProblemCode.DELTA_CONFLICT: Answer(409, _RETRAIN),
     ProblemCode.DELTA_TOO_LARGE: Answer(
@@ -78,6 +114,7 @@ ANSWERS: Final[Mapping[ProblemCode, Answer]] = {
     ProblemCode.TENSOR_NOT_FINITE: Answer(
         422, "Ask the operator to lower the run's learning rate; check this site's images."
     ),
+    ProblemCode.NUM_EXAMPLES_IMPLAUSIBLE: Answer(422, _REINSTALL),
     ProblemCode.STORAGE_FULL: Answer(
         507, "Ask the operator to free disk space on the server; the client tries again by itself."
     ),
@@ -97,6 +134,7 @@ _CODE_OF_ERROR: Final[Mapping[type[FedraServerError], ProblemCode]] = {
 _CODE_OF_STATUS: Final[Mapping[int, ProblemCode]] = {
     404: ProblemCode.NOT_FOUND,
     405: ProblemCode.METHOD_NOT_ALLOWED,
+    408: ProblemCode.BODY_TOO_SLOW,
     413: ProblemCode.REQUEST_TOO_LARGE,
 }
 
@@ -114,6 +152,14 @@ class RefusedWithHeadersError(RefusedError):
     ) -> None:
         super().__init__(code, message, remedy=remedy)
         self.headers = headers
+
+
+class RefusedBodyError(HTTPException):
+    """A body that cannot be taken as JSON, with the problem code for it."""
+
+    def __init__(self, code: ProblemCode, detail: str) -> None:
+        super().__init__(ANSWERS[code].status, detail)
+        self.code = code
 
 
 class NotNowError(FedraServerError):
@@ -222,7 +268,8 @@ async def _answer_malformed(_request: Request, error: Exception) -> Response:
 async def _answer_framework_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return _answer_unexpected(request, error)
-    code = _CODE_OF_STATUS.get(error.status_code, ProblemCode.MALFORMED_REQUEST)
+    of_status = _CODE_OF_STATUS.get(error.status_code, ProblemCode.MALFORMED_REQUEST)
+    code = error.code if isinstance(error, RefusedBodyError) else of_status
     return problem_response(code, str(error.detail), headers=error.headers)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
 from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -58,23 +59,33 @@ class Patience:
             self._waiting.reschedule(self._loop.time())
 
 
+class Received(NamedTuple):
+    """How long a file is now, and its sha256 if all of it came in one request."""
+
+    size_bytes: int
+    sha256: str | None
+
+
 async def receive(
     part: Path,
     stream: AsyncIterator[bytes],
     room_bytes: int,
     patience: Patience,
     block_bytes: Callable[[], int] = lambda: BLOCK_BYTES,
-) -> int:
-    """Append a request's body to a file and sync it; tell the file's size then.
+    *,
+    is_named_durably: bool = True,
+) -> Received:
+    """Append a request's body to a file and sync it, and digest it on the way.
 
     When the sender breaks off or falls silent, what has arrived is kept. ``block_bytes`` says,
-    at any moment, how much to gather before it is worth a trip to the disk.
+    at any moment, how much to gather before it is worth a trip to the disk. The name of a new
+    file is synced as well, unless it is about to get another.
 
     Raises:
         RefusedError: More than ``room_bytes`` arrived; those beyond are not written.
         StorageFullError: No space is left; what was written before is kept.
     """
-    file = _PartFile(part)
+    file = _PartFile(part, is_named_durably=is_named_durably)
     block = bytearray()
     try:
         while (chunk := await patience.await_next(stream)) is not None:
@@ -89,15 +100,22 @@ async def receive(
                 await run_in_threadpool(file.append, block)
     finally:
         await run_in_threadpool(file.finish, block)
-    return part_size_bytes(part)
+    return Received(part_size_bytes(part), file.sha256)
 
 
 class _PartFile:
     """A file that grows at its end; it is opened when there is something to write."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_named_durably: bool) -> None:
         self._path = path
+        self._is_named_durably = is_named_durably
         self._file: FileIO | None = None
+        self._digest: hashlib._Hash | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest of the file, if it was empty before."""
+        return None if self._digest is None else self._digest.hexdigest()
 
     def append(self, block: bytearray) -> None:
         """Write a block and take away from it what is written, also when the disk refuses."""
@@ -106,7 +124,11 @@ class _PartFile:
         with disk_errors("receiving a delta"):
             file = self._file = self._file or self._open()
             while block:
-                del block[: file.write(block)]
+                written_bytes = file.write(block)
+                if self._digest is not None:
+                    with memoryview(block) as view:
+                        self._digest.update(view[:written_bytes])
+                del block[:written_bytes]
                 fault_point("upload.written")
 
     def finish(self, block: bytearray) -> None:
@@ -123,6 +145,8 @@ class _PartFile:
     def _open(self) -> FileIO:
         is_new = not self._path.exists()
         file = self._path.open("ab", buffering=0)
-        if is_new:
+        if file.tell() == 0:
+            self._digest = hashlib.sha256()
+        if is_new and self._is_named_durably:
             sync_directory(self._path.parent)
         return file

@@ -12,18 +12,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import uvicorn
+from pydantic import JsonValue
 from typing_extensions import override
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server import __version__
+from fedra_server.addressing import (
+    check_exposure,
+    is_loopback,
+    is_secured,
+    site_address,
+    url_of,
+)
+from fedra_server.authority import ensure_authority
+from fedra_server.chain import SERVER, Event
 from fedra_server.clock import SystemClock
-from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.config import ServerConfig, ServerHome, harmless_settings
 from fedra_server.coordinator import Coordinator
-from fedra_server.errors import ConfigurationError
+from fedra_server.errors import ConfigurationError, StorageFullError
 from fedra_server.http.app import create_app
 from fedra_server.http.connections import (
     BoundedProtocol,
@@ -33,6 +42,8 @@ from fedra_server.http.connections import (
 from fedra_server.http.discarding import discard_dead_uploads
 from fedra_server.http.heap import share_heaps, tidy_heap
 from fedra_server.http.home_lock import sole_server
+from fedra_server.http.plainness import MAX_HEAD_BYTES
+from fedra_server.http.securing import Doors, ServerTls
 from fedra_server.http.services import Services
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.collecting import Collector
@@ -61,6 +72,7 @@ def serve(home: ServerHome, config: ServerConfig) -> int:
             cannot work.
         StorageError: Disk or database refused.
     """
+    check_exposure(config)
     home.create()
     share_heaps()
     with ExitStack() as stack:
@@ -69,19 +81,31 @@ def serve(home: ServerHome, config: ServerConfig) -> int:
         store = Store.open(home.path, config.database_url)
         stack.callback(store.close)
         services = build_services(home, config, store)
+        _note_start(store, config)
         collector = Collector(store, services.blobs, home, services.clock)
         collector.restore()
         discard_dead_uploads(services)
         stack.enter_context(collector.at_work())
         services.coordinator.start()
         stack.callback(services.coordinator.stop)
-        url = url_of(listener, config.host)
-        stack.callback(server_file(home).unlink, missing_ok=True)
-        server = GracefulServer(services, on_ready=lambda: _announce(home, url))
+        tls = ServerTls(home, config) if is_secured(config) else None
+        if tls is None and not is_loopback(config.host):
+            logger.warning("connections to %s are not secured: tls = 'off'", config.host)
+        stack.callback(home.server_file.unlink, missing_ok=True)
+        server = GracefulServer(services, lambda: _announce(home, config, listener), tls)
         tidy_heap()
         server.run(sockets=[listener])
     logger.info("stopped")
     return 0
+
+
+def _note_start(store: Store, config: ServerConfig) -> None:
+    """Write into the journal that a server starts; a full disk does not keep it from starting."""
+    details: dict[str, JsonValue] = {"version": __version__, "settings": harmless_settings(config)}
+    try:
+        store.note(Event.SERVER_STARTED, "server", details, by=SERVER)
+    except StorageFullError as error:
+        logger.warning("the journal does not tell of this start: %s", error)
 
 
 def build_services(home: ServerHome, config: ServerConfig, store: Store) -> Services:
@@ -89,13 +113,9 @@ def build_services(home: ServerHome, config: ServerConfig, store: Store) -> Serv
     clock = SystemClock()
     blobs = BlobStore(home.blobs)
     coordinator = Coordinator(store, blobs, home, config, clock)
-    quota = DiskQuota(home, config.max_disk_bytes)
-    return Services(store, blobs, home, coordinator, config, quota, clock)
-
-
-def server_file(home: ServerHome) -> Path:
-    """Name the file that tells, while a server runs, where it listens."""
-    return home.path / "server.json"
+    quota = DiskQuota(home, config.max_disk_bytes, config.max_unfinished_uploads)
+    authority = ensure_authority(home)
+    return Services(store, blobs, home, coordinator, config, quota, authority, clock)
 
 
 @contextmanager
@@ -121,16 +141,20 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def url_of(listener: socket.socket, host: str) -> str:
-    """Give the base URL of a listening socket."""
-    port = listener.getsockname()[1]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def port_of(listener: socket.socket) -> int:
+    """Give the port of a listening socket."""
+    return int(listener.getsockname()[1])
 
 
 class GracefulServer(uvicorn.Server):
     """uvicorn, except that a signal ends it with success and long-polls are answered first."""
 
-    def __init__(self, services: Services, on_ready: Callable[[], None]) -> None:
+    _doors: Doors | None = None
+    _freshness: asyncio.Task[None] | None = None
+
+    def __init__(
+        self, services: Services, on_ready: Callable[[], None], tls: ServerTls | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(services),
@@ -139,7 +163,10 @@ class GracefulServer(uvicorn.Server):
                 server_header=False,
                 lifespan="on",
                 ws="none",
-                http=BoundedProtocol,
+                http=BoundedProtocol if tls is None else self._secured_by(tls),
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                proxy_headers=bool(services.config.trusted_proxies),
+                forwarded_allow_ips=list(services.config.trusted_proxies),
                 limit_concurrency=most_connections(services.config.max_clients) + 1,
                 backlog=_ACCEPTS_AT_ONCE,
                 timeout_keep_alive=_KEEP_ALIVE_S,
@@ -148,6 +175,12 @@ class GracefulServer(uvicorn.Server):
         )
         self._services = services
         self._on_ready = on_ready
+        self._tls = tls
+
+    def _secured_by(self, tls: ServerTls) -> type[asyncio.Protocol]:
+        """Let uvicorn make secured connections where it would make plain ones."""
+        self._doors = Doors(tls.context)
+        return cast("type[asyncio.Protocol]", self._doors)
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -155,11 +188,17 @@ class GracefulServer(uvicorn.Server):
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(_BACKLOG)  # asyncio has told the system its own, small one
+        if self._tls is not None:
+            self._freshness = asyncio.create_task(self._tls.keep_fresh())
         self._on_ready()
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._services.changes.close()
+        if self._freshness is not None:
+            self._freshness.cancel()
+        if self._doors is not None:
+            self._doors.close()
         await super().shutdown(sockets)
 
     @override
@@ -177,14 +216,17 @@ class GracefulServer(uvicorn.Server):
                 signal.signal(number, disposition)
 
 
-def _announce(home: ServerHome, url: str) -> None:
+def _announce(home: ServerHome, config: ServerConfig, listener: socket.socket) -> None:
+    port = port_of(listener)
+    url = url_of(config.host, port, is_secure=is_secured(config))
     place = {
         "url": url,
+        "address": site_address(config, port, socket.gethostname()),
         "pid": os.getpid(),
         "version": __version__,
         "protocol": PROTOCOL_VERSION,
     }
     with disk_errors("writing where the server listens"):
-        write_durably(server_file(home), json.dumps(place).encode())
+        write_durably(home.server_file, json.dumps(place).encode())
     sys.stdout.write(f"fedra-server listening on {url}\n")
     sys.stdout.flush()

@@ -20,9 +20,11 @@ from fedra_server.storage.durability import (
     disk_errors,
     make_directory,
     replace_durably,
+    side_by_side,
     sync_directory,
 )
 
+Buffer = bytes | memoryview
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LEFTOVER_AGE_S: Final = 86_400.0
 _CHUNK_BYTES: Final = 2**20
@@ -75,6 +77,31 @@ class BlobStore:
         starts = range(0, len(data), _CHUNK_BYTES)
         with disk_errors("storing a blob"):
             return self._put(view[start : start + _CHUNK_BYTES] for start in starts)
+
+    def put_all(self, files: Iterable[Iterable[Buffer]]) -> list[BlobRef]:
+        """Add several at once, each in parts; they are written first, then synced side by side.
+
+        Raises:
+            StorageFullError: No space is left; what was added already may stay.
+            StorageError: The disk refused.
+        """
+        parts: list[Path] = []
+        with disk_errors("storing blobs"):
+            try:
+                blobs = []
+                for chunks in files:
+                    parts.append(self._new_part())
+                    blobs.append(_write(parts[-1], chunks))
+                side_by_side(_sync_file, parts)
+                targets = [self._place(blob.sha256) for blob in blobs]
+                for part, target in zip(parts, targets, strict=True):
+                    if not _is_made_young(target):
+                        _move(part, target)
+                side_by_side(sync_directory, {target.parent for target in targets})
+            finally:
+                for part in parts:
+                    part.unlink(missing_ok=True)
+        return blobs
 
     def path(self, sha256: str) -> Path:
         """Give the file of a blob.
@@ -150,35 +177,40 @@ class BlobStore:
         sync_directory(aside.parent)
 
     def _put(self, chunks: Iterable[bytes | memoryview]) -> BlobRef:
-        part = self._incoming / f"{uuid.uuid4().hex}.part"
-        try:
-            blob = _write_synced(part, chunks)
-            target = self._place(blob.sha256)
-            if not _is_made_young(target):
-                make_directory(target.parent)
-                replace_durably(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        [blob] = self.put_all([chunks])
         return blob
+
+    def _new_part(self) -> Path:
+        return self._incoming / f"{uuid.uuid4().hex}.part"
+
+
+def _move(part: Path, target: Path) -> None:
+    try:
+        part.replace(target)
+    except FileNotFoundError:  # its folder went
+        make_directory(target.parent)
+        part.replace(target)
 
 
 def _is_made_young(path: Path) -> bool:
-    """Give a file the present time and make sure that its name lasts; tell whether it is there."""
+    """Give a file the present time; tell whether it is there."""
     try:
         os.utime(path)
     except FileNotFoundError:
         return False
-    sync_directory(path.parent)  # another process may have named it this moment
     return True
 
 
-def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> BlobRef:
+def _write(path: Path, chunks: Iterable[Buffer]) -> BlobRef:
     digest = hashlib.sha256()
     size_bytes = 0
     with path.open("xb") as file:
         for chunk in chunks:
             digest.update(chunk)
             size_bytes += file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
     return BlobRef(sha256=digest.hexdigest(), size_bytes=size_bytes)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+", buffering=0) as file:
+        os.fsync(file.fileno())

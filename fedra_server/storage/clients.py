@@ -6,17 +6,17 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, select, upda
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.ids import ClientId
+from fedra_server.chain import Event, author, sha256_of
 from fedra_server.errors import NotFoundError
 from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
+from fedra_server.storage.journal import write_entry
 from fedra_server.storage.records import ClientRecord
 from fedra_server.storage.rows import client_record, client_values
 
 _CLIENTS = tables.clients.c
-_MEMBER = select(tables.clients).where(
-    _CLIENTS.credential_sha256 == bindparam("credential"), _CLIENTS.has_left.is_(False)
-)
+_ONE = select(tables.clients).where(_CLIENTS.client_id == bindparam("client"))
 _CALIBRATION = select(tables.calibrations.c.calibration).where(
     tables.calibrations.c.client_id == bindparam("client"),
     tables.calibrations.c.model_id == bindparam("model"),
@@ -26,22 +26,40 @@ _CALIBRATION = select(tables.calibrations.c.calibration).where(
 class ClientRecords(Database):
     """Every method is one transaction."""
 
-    def add_client(self, record: ClientRecord, credential_sha256: str) -> None:
-        """Enrol a client; the store knows its credential by digest only.
+    def add_client(self, record: ClientRecord, public_key: str) -> None:
+        """Put a client into the population.
 
         Raises:
-            ConflictError: The client or the credential exists already.
+            ConflictError: The client or the key exists already.
         """
         with self.writing() as connection:
-            connection.execute(
-                insert(tables.clients).values(client_values(record, credential_sha256))
-            )
+            connection.execute(insert(tables.clients).values(client_values(record, public_key)))
 
-    def client_by_credential(self, credential_sha256: str) -> ClientRecord | None:
-        """Find the member a credential belongs to; one that has left is no member."""
+    def client_and_key(self, client_id: ClientId) -> tuple[ClientRecord, str] | None:
+        """Give a client, also one that has left, and its key; None when there is none."""
         with self.reading() as connection:
-            row = connection.execute(_MEMBER, {"credential": credential_sha256}).one_or_none()
-        return None if row is None else client_record(row)
+            row = connection.execute(_ONE, {"client": client_id}).one_or_none()
+        return None if row is None else (client_record(row), row.public_key)
+
+    def client_with_key(self, public_key: str) -> ClientRecord | None:
+        """Find whose key this is, also when the client has left."""
+        with self.reading() as connection:
+            return find_by_key(connection, public_key)
+
+    def change_key(self, client_id: ClientId, public_key: str) -> None:
+        """Let another key take the place of a member's; the same key changes nothing.
+
+        Raises:
+            NotFoundError: No such client, or it has left.
+            ConflictError: The key is another client's.
+        """
+        with self.writing() as connection:
+            row = connection.execute(_ONE, {"client": client_id}).one_or_none()
+            if row is not None and row.public_key == public_key and not row.has_left:
+                return
+            _update_member(connection, client_id, public_key=public_key)
+            details = {"public_key_sha256": sha256_of(public_key)}
+            write_entry(connection, Event.CLIENT_KEY_CHANGED, client_id, author(client_id), details)
 
     def client(self, client_id: ClientId) -> ClientRecord:
         """Give a client, also one that has left.
@@ -108,14 +126,16 @@ class ClientRecords(Database):
         with self.writing() as connection:
             _update_member(connection, client_id, is_online=False, last_seen_at=now)
 
-    def leave(self, client_id: ClientId, now: float) -> None:
-        """End a membership for good: the credential opens nothing from now on.
+    def leave(self, client_id: ClientId, now: float, *, removed_by: str | None = None) -> None:
+        """End a membership for good: neither its key nor its sessions open anything from now on.
 
         Raises:
             NotFoundError: No such client, or it has left already.
         """
         with self.writing() as connection:
             _update_member(connection, client_id, is_online=False, has_left=True, last_seen_at=now)
+            event = Event.CLIENT_LEFT if removed_by is None else Event.CLIENT_REMOVED
+            write_entry(connection, event, client_id, removed_by or author(client_id))
 
     def rounds_contributed(self, client_id: ClientId) -> int:
         """Count the deltas of a client that were merged."""
@@ -156,6 +176,13 @@ class ClientRecords(Database):
             return find_calibrations(connection, model_id)
 
 
+def find_by_key(connection: Connection, public_key: str) -> ClientRecord | None:
+    """Find inside a transaction whose key this is."""
+    query = select(tables.clients).where(_CLIENTS.public_key == public_key)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else client_record(row)
+
+
 def find_calibrations(connection: Connection, model_id: str) -> dict[ClientId, Calibration]:
     """Read inside a transaction what each member measured of a model."""
     query = (
@@ -179,8 +206,7 @@ def _update_member(connection: Connection, client_id: ClientId, **values: object
 
 
 def _client(connection: Connection, client_id: ClientId) -> ClientRecord:
-    query = select(tables.clients).where(_CLIENTS.client_id == client_id)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_ONE, {"client": client_id}).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no client {client_id}")
     return client_record(row)

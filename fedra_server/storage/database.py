@@ -24,8 +24,11 @@ from fedra_server.storage.durability import FULL_REMEDY
 
 BUSY_TIMEOUT_S: Final = 10.0
 _READS_ONLY: Final = "fedra_reads_only"
+_SYNCHRONOUS: Final = "fedra_synchronous"
 _POSTGRES_DISK_FULL: Final = "53100"
 _IN_MEMORY: Final = (None, "", ":memory:")
+_FULL: Final = "FULL"
+"""A commit is on the disk before it returns; NORMAL leaves its moment to the system."""
 _POOL_CONNECTIONS: Final = 5
 _MORE_CONNECTIONS: Final = 40
 _CACHE_BYTES: Final = 2**19
@@ -44,6 +47,7 @@ class Database:
         if self._engine.dialect.name == "postgresql":  # there each statement has its own view
             options["isolation_level"] = "REPEATABLE READ"
         self._reader = self._engine.execution_options(**options)
+        self._hasty = self._engine.execution_options(**{_SYNCHRONOUS: "NORMAL"})
         self._view = threading.local()
         self._lasting: dict[Hashable, Any] = {}
         self._remembering = threading.Lock()
@@ -90,9 +94,16 @@ class Database:
         return found
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """Run the block as one transaction: all of it is durable at its end, or nothing."""
-        with database_errors(), self._engine.begin() as connection:
+    def writing(self, *, is_lasting: bool = True) -> Iterator[Connection]:
+        """Run the block as one transaction: all of it is durable at its end, or nothing.
+
+        What need not be lasting by itself survives the end of the process; the disk is not waited
+        for, and a power cut may undo it until the next transaction that is lasting.
+        """
+        engine = self._engine if is_lasting else self._hasty
+        with database_errors(), engine.begin() as connection:
+            if not is_lasting and engine.dialect.name == "postgresql":
+                connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
             yield connection
 
     def close(self) -> None:
@@ -175,7 +186,7 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None
     try:
         connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
-        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA synchronous={_FULL}")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute(f"PRAGMA cache_size=-{_CACHE_BYTES // 1024}")
     except sqlite3.Error:
@@ -185,8 +196,17 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     """Begin; a writer takes the lock at once, so that it waits now and never fails midway."""
-    reads_only = connection.get_execution_options().get(_READS_ONLY, False)
-    connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+    options = connection.get_execution_options()
+    pooled = connection.connection
+    cursor: sqlite3.Cursor = pooled.cursor()
+    if options.get(_READS_ONLY, False):
+        cursor.execute("BEGIN")
+        return
+    wanted = options.get(_SYNCHRONOUS, _FULL)
+    if pooled.info.get(_SYNCHRONOUS, _FULL) != wanted:
+        cursor.execute(f"PRAGMA synchronous={wanted}")
+        pooled.info[_SYNCHRONOUS] = wanted
+    cursor.execute("BEGIN IMMEDIATE")
 
 
 def _use_write_ahead_log(engine: Engine) -> None:

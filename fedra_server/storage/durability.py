@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,8 @@ from typing import Final
 from fedra_server.errors import StorageError, StorageFullError
 
 FULL_REMEDY: Final = "Free some space on the server's disk; nothing that was accepted is lost."
+_SYNCING: Final = ThreadPoolExecutor(8, thread_name_prefix="sync")
+"""Threads that wait for the disk; they begin when first needed, and stay."""
 _FULL_ERRNOS: Final = {errno.ENOSPC, errno.EDQUOT}
 _FULL_WINERRORS: Final = {39, 112}  # ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
 
@@ -45,6 +48,15 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def side_by_side(sync: Callable[[Path], None], paths: Collection[Path]) -> None:
+    """Sync several files or directories at once, which the disk joins where it can."""
+    if len(paths) == 1:
+        sync(*paths)
+        return
+    for _ in _SYNCING.map(sync, paths):
+        pass
+
+
 def make_directory(directory: Path) -> None:
     """Make a directory and its missing parents so that they survive a power cut."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -59,14 +71,22 @@ def replace_durably(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file so that, after a crash, it is there completely or not at all."""
+def write_durably(path: Path, data: bytes, *, is_private: bool = False) -> None:
+    """Write a whole file so that, after a crash, it is there completely or not at all.
+
+    A private one is never readable by others, not even while it is written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        part.unlink(missing_ok=True)
+        with open(part, "xb", opener=_open_private if is_private else None) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         replace_durably(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

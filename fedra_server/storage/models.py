@@ -5,9 +5,11 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, Connection, insert, select
 
 from fedra_edge.protocol.models import ModelSpec
+from fedra_server.chain import COMMAND, Event
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
+from fedra_server.storage.journal import write_entry
 from fedra_server.storage.records import ModelRecord
 from fedra_server.storage.rows import model_record
 
@@ -33,6 +35,8 @@ class ModelRecords(Database):
                     "added_at": now,
                 }
                 connection.execute(insert(tables.models).values(values))
+                details = {"model_id": spec.model_id}
+                write_entry(connection, Event.MODEL_REGISTERED, spec.name, COMMAND, details)
                 return ModelRecord(spec.model_id, spec, now)
             if known.model_id != spec.model_id:
                 raise ConflictError(

@@ -8,9 +8,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, Connection, case, func, select
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    bindparam,
+    case,
+    func,
+    select,
+)
 
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.layers import HEAD
@@ -22,14 +33,85 @@ from fedra_server.storage import tables
 from fedra_server.storage.database import Database
 from fedra_server.storage.records import MergeRecord
 from fedra_server.storage.rows import AnyRow, merge_record
+from fedra_server.storage.screenings import find_screenings_of_admitted
 
 _ASSIGNMENTS = tables.assignments.c
 _CLIENTS = tables.clients.c
 _MERGES = tables.merges.c
 _PENDING, _ADMITTED = AssignmentState.PENDING.value, AssignmentState.ADMITTED.value
 _DELIVERED = (_ADMITTED, AssignmentState.MERGED.value)
-_FAILED = (AssignmentState.FAILED.value, AssignmentState.REFUSED.value)
+_FAILED = tuple(
+    state.value
+    for state in (
+        AssignmentState.FAILED,
+        AssignmentState.REFUSED,
+        AssignmentState.QUARANTINED,
+        AssignmentState.DISCARDED,
+    )
+)
 _ROWS_AT_ONCE = 100
+_OF_RUN = _ASSIGNMENTS.run == bindparam("wanted_run")
+
+
+def _is_there(seen_since: float | BindParameter[float]) -> ColumnElement[bool]:
+    return _CLIENTS.is_online & ~_CLIENTS.has_left & (_CLIENTS.last_seen_at >= seen_since)
+
+
+def _newest_setbacks(*which: ColumnElement[bool]) -> Select[Any]:
+    """Ask for the latest failure of each client since it last delivered, and how many there are."""
+    is_failed = and_(_OF_RUN, _ASSIGNMENTS.state.in_(_FAILED), *which)
+    other = tables.assignments.alias()
+    is_delivered = (
+        (other.c.run == bindparam("wanted_run"))
+        & (other.c.client_id == _ASSIGNMENTS.client_id)
+        & other.c.state.in_(_DELIVERED)
+    )
+    delivered_at = select(func.max(other.c.settled_at)).where(is_delivered).scalar_subquery()
+    last = (  # looked up once for each client, however often it failed
+        select(_ASSIGNMENTS.client_id, func.coalesce(delivered_at, 0).label("delivered_at"))
+        .where(is_failed)
+        .group_by(_ASSIGNMENTS.client_id)
+        .subquery()
+    )
+    newest_first = (_ASSIGNMENTS.settled_at.desc(), _ASSIGNMENTS.assignment_id.desc())
+    ranked = (
+        select(
+            _ASSIGNMENTS.client_id,
+            func.count().over(partition_by=_ASSIGNMENTS.client_id).label("failures"),
+            _ASSIGNMENTS.settled_at,
+            _ASSIGNMENTS.detail,
+            func.row_number()
+            .over(partition_by=_ASSIGNMENTS.client_id, order_by=newest_first)
+            .label("place"),
+        )
+        .join(last, last.c.client_id == _ASSIGNMENTS.client_id)
+        .where(is_failed, _ASSIGNMENTS.settled_at > last.c.delivered_at)
+        .subquery()
+    )
+    return select(ranked).where(ranked.c.place == 1).order_by(ranked.c.settled_at)
+
+
+_SETBACKS = _newest_setbacks()
+_SETBACKS_OF_CLIENT = _newest_setbacks(_ASSIGNMENTS.client_id == bindparam("wanted_client"))
+_COUNTS = (
+    select(
+        _ASSIGNMENTS.state,
+        func.count(),
+        func.sum(case((_is_there(bindparam("seen_since")), 1), else_=0)),
+    )
+    .join(tables.clients)
+    .where(
+        _OF_RUN,
+        (_ASSIGNMENTS.state == _ADMITTED) | ((_ASSIGNMENTS.state == _PENDING) & _CLIENTS.is_online),
+    )
+    .group_by(_ASSIGNMENTS.state)
+)
+_COUNTS_OF_ROUND = _COUNTS.where(_ASSIGNMENTS.round_number == bindparam("wanted_round"))
+_PARTLY_MERGED = (
+    select(_MERGES.assignment_id, _MERGES.piece)
+    .join(tables.assignments, _ASSIGNMENTS.assignment_id == _MERGES.assignment_id)
+    .where(_OF_RUN, _ASSIGNMENTS.state == _ADMITTED)
+)
 
 
 class _Base(BaseModel):
@@ -73,26 +155,16 @@ class ProgressRecords(Database):
 
         What a client holds that said goodbye is waited for by nobody, and not counted.
         """
-        there = case((_is_there(seen_since), 1), else_=0)
-        query = (
-            select(_ASSIGNMENTS.state, func.count(), func.sum(there))
-            .join(tables.clients)
-            .where(
-                _ASSIGNMENTS.run == run,
-                (_ASSIGNMENTS.state == _ADMITTED)
-                | ((_ASSIGNMENTS.state == _PENDING) & _CLIENTS.is_online),
-            )
-            .group_by(_ASSIGNMENTS.state)
-        )
-        if round_number is not None:
-            query = query.where(_ASSIGNMENTS.round_number == round_number)
+        query = _COUNTS if round_number is None else _COUNTS_OF_ROUND
+        wanted = {"wanted_run": run, "seen_since": seen_since, "wanted_round": round_number}
         with self.reading() as connection:
-            counts = {state: (total, at) for state, total, at in connection.execute(query)}
+            found = connection.execute(query, wanted)
+            counts = {state: (total, at) for state, total, at in found}
         pending, at_work = counts.get(_PENDING, (0, 0))
         return Progress(counts.get(_ADMITTED, (0, 0))[0], at_work, pending - at_work)
 
     def waiting_deltas(self, run: str) -> list[WaitingDelta]:
-        """Give the admitted deltas of a run with those of their pieces that are not merged."""
+        """Give the admitted deltas of a run with those of their pieces that may be merged yet."""
         with self.reading() as connection:
             return find_waiting_deltas(connection, run)
 
@@ -162,16 +234,14 @@ class ProgressRecords(Database):
 
 def find_waiting_deltas(connection: Connection, run: str) -> list[WaitingDelta]:
     """Read inside a transaction what is admitted and not merged."""
-    merged: dict[str, set[str]] = defaultdict(set)
-    merges = (
-        select(_MERGES.assignment_id, _MERGES.piece)
-        .join(tables.assignments, _ASSIGNMENTS.assignment_id == _MERGES.assignment_id)
-        .where(_ASSIGNMENTS.run == run, _ASSIGNMENTS.state == _ADMITTED)
-    )
-    for assignment_id, piece in connection.execute(merges):
-        merged[assignment_id].add(piece)
+    over: dict[str, set[str]] = defaultdict(set)
+    for assignment_id, piece in connection.execute(_PARTLY_MERGED, {"wanted_run": run}):
+        over[assignment_id].add(piece)
+    for (assignment_id, piece), screening in find_screenings_of_admitted(connection, run).items():
+        if not screening.may_merge:
+            over[assignment_id].add(piece)
     found = _rows(connection, run, _ADMITTED)
-    return [_waiting(row, merged[row.assignment_id]) for row in found]
+    return [_waiting(row, over[row.assignment_id]) for row in found]
 
 
 def summarize_merges(connection: Connection, run: str) -> list[MergeSummary]:
@@ -203,39 +273,9 @@ def find_setbacks(
     connection: Connection, run: str, client_id: ClientId | None = None
 ) -> dict[ClientId, Setback]:
     """Read inside a transaction who failed since it last delivered, or whether one client did."""
-    is_failed = (_ASSIGNMENTS.run == run) & _ASSIGNMENTS.state.in_(_FAILED)
-    if client_id is not None:
-        is_failed &= _ASSIGNMENTS.client_id == client_id
-    other = tables.assignments.alias()
-    is_delivered = (
-        (other.c.run == run)
-        & (other.c.client_id == _ASSIGNMENTS.client_id)
-        & other.c.state.in_(_DELIVERED)
-    )
-    delivered_at = select(func.max(other.c.settled_at)).where(is_delivered).scalar_subquery()
-    last = (  # looked up once for each client, however often it failed
-        select(_ASSIGNMENTS.client_id, func.coalesce(delivered_at, 0).label("delivered_at"))
-        .where(is_failed)
-        .group_by(_ASSIGNMENTS.client_id)
-        .subquery()
-    )
-    newest_first = (_ASSIGNMENTS.settled_at.desc(), _ASSIGNMENTS.assignment_id.desc())
-    ranked = (
-        select(
-            _ASSIGNMENTS.client_id,
-            func.count().over(partition_by=_ASSIGNMENTS.client_id).label("failures"),
-            _ASSIGNMENTS.settled_at,
-            _ASSIGNMENTS.detail,
-            func.row_number()
-            .over(partition_by=_ASSIGNMENTS.client_id, order_by=newest_first)
-            .label("place"),
-        )
-        .join(last, last.c.client_id == _ASSIGNMENTS.client_id)
-        .where(is_failed, _ASSIGNMENTS.settled_at > last.c.delivered_at)
-        .subquery()
-    )
-    newest = select(ranked).where(ranked.c.place == 1).order_by(ranked.c.settled_at)
-    found = (Setback(ClientId(row[0]), *row[1:4]) for row in connection.execute(newest))
+    wanted = {"wanted_run": run, "wanted_client": client_id}
+    newest = connection.execute(_SETBACKS if client_id is None else _SETBACKS_OF_CLIENT, wanted)
+    found = (Setback(ClientId(row[0]), *row[1:4]) for row in newest)
     return {setback.client_id: setback for setback in found}
 
 
@@ -260,22 +300,18 @@ def _rows(
     return iter(connection.execute(query))
 
 
-def _is_there(seen_since: float) -> ColumnElement[bool]:
-    return _CLIENTS.is_online & ~_CLIENTS.has_left & (_CLIENTS.last_seen_at >= seen_since)
-
-
 def _held(row: AnyRow) -> HeldSlice:
     part = _Slice.model_validate_json(row.manifest)
     return HeldSlice(AssignmentId(row.assignment_id), part.revision.number, part.pieces)
 
 
-def _waiting(row: AnyRow, merged: set[str]) -> WaitingDelta:
+def _waiting(row: AnyRow, over: set[str]) -> WaitingDelta:
     part = _Slice.model_validate_json(row.manifest)
     delta = _Delta.model_validate_json(row.delta)
     return WaitingDelta(
         assignment_id=AssignmentId(row.assignment_id),
         base_revision=part.revision.number,
-        pieces=tuple(piece for piece in part.pieces if piece not in merged),
+        pieces=tuple(piece for piece in part.pieces if piece not in over),
         num_examples=delta.num_examples,
         chance=row.chance,
         sha256=delta.sha256,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from fedra_edge.protocol.ids import UploadId
+from fedra_edge.protocol.ids import ClientId, UploadId
+from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.config import ServerHome
-from fedra_server.errors import NotGrantedError
+from fedra_server.errors import NotGrantedError, RefusedError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -61,27 +63,45 @@ def bytes_below(directory: Path) -> int:
     return total
 
 
+class Claim(NamedTuple):
+    """Bytes that are still to come of an upload, since when nobody spoke of it, and whose it is."""
+
+    size_bytes: int
+    at: float
+    client_id: ClientId
+
+
 class DiskQuota:
     """Grants space to uploads; measured once a minute, and kept account of in between.
 
     What is granted is taken at once, so that uploads announced together cannot exceed what each
     of them alone would keep to. Results of merging are never refused; they count all the same.
     What has begun counts towards the limit until it is complete or discarded, heard of or not,
-    because it will be finished.
+    because it will be finished. No client has more than ``most_of_one`` uploads on their way.
     """
 
-    def __init__(self, home: ServerHome, limit_bytes: int | None) -> None:
+    def __init__(
+        self, home: ServerHome, limit_bytes: int | None, most_of_one: int = sys.maxsize
+    ) -> None:
         self._home = home
         self._limit_bytes = limit_bytes
+        self._most_of_one = most_of_one
         self._lock = threading.Lock()
         self._measuring = threading.Lock()
         self._used_bytes = 0
         self._measured_at = float("-inf")
-        self._awaited: dict[UploadId, tuple[int, float]] = {}
+        self._awaited: dict[UploadId, Claim] = {}
         self._refused_bytes = 0
 
     def grant(
-        self, upload_id: UploadId, size_bytes: int, *, free_bytes: int, now: float, is_begun: bool
+        self,
+        upload_id: UploadId,
+        size_bytes: int,
+        client_id: ClientId,
+        *,
+        free_bytes: int,
+        now: float,
+        is_begun: bool,
     ) -> None:
         """Set space aside for what is still to come of an upload.
 
@@ -89,33 +109,37 @@ class DiskQuota:
 
         Raises:
             NotGrantedError: There is not so much space.
+            RefusedError: The client has too many others on their way.
         """
         self.release(upload_id)
         self._forget_silent(now)
+        if not is_begun:
+            self._refuse_crowd(client_id)
         shortage = self._disk_shortage(size_bytes, free_bytes, now)
         if not shortage and not is_begun:
             shortage = self._limit_shortage(size_bytes, now)
         if shortage:
             if is_begun:
-                self.expect_rest(upload_id, size_bytes)
+                self.expect_rest(upload_id, size_bytes, client_id)
             self._tell_refused(size_bytes, shortage)
             raise NotGrantedError(f"no space for {size_bytes} bytes: {shortage}", remedy=_REMEDY)
         self._tell_taken_again(free_bytes, now)
         with self._lock:
-            self._awaited[upload_id] = (size_bytes, now)
+            self._awaited[upload_id] = Claim(size_bytes, now, client_id)
 
-    def expect_rest(self, upload_id: UploadId, size_bytes: int) -> None:
+    def expect_rest(self, upload_id: UploadId, size_bytes: int, client_id: ClientId) -> None:
         """Count towards the limit what is to come of an upload that began and is silent."""
         with self._lock:
-            self._awaited.setdefault(upload_id, (size_bytes, float("-inf")))
+            self._awaited.setdefault(upload_id, Claim(size_bytes, float("-inf"), client_id))
 
     def note_arrived(self, upload_id: UploadId, arrived_bytes: int, now: float) -> None:
         """Count what came of an upload as used and no longer as awaited."""
         with self._lock:
-            awaited_bytes, _ = self._awaited.pop(upload_id, (0, now))
+            claim = self._awaited.pop(upload_id, None)
             self._used_bytes += arrived_bytes
-            if awaited_bytes > arrived_bytes:
-                self._awaited[upload_id] = (awaited_bytes - arrived_bytes, now)
+            if claim is not None and claim.size_bytes > arrived_bytes:
+                rest_bytes = claim.size_bytes - arrived_bytes
+                self._awaited[upload_id] = claim._replace(size_bytes=rest_bytes, at=now)
 
     def release(self, upload_id: UploadId) -> None:
         """Await no more of an upload."""
@@ -127,6 +151,20 @@ class DiskQuota:
         self._forget_silent(now)
         of_disk = self._disk_shortage(size_bytes, free_bytes, now)
         return of_disk or self._limit_shortage(size_bytes, now)
+
+    def _refuse_crowd(self, client_id: ClientId) -> None:
+        with self._lock:
+            begun = sum(claim.client_id == client_id for claim in self._awaited.values())
+        if begun >= self._most_of_one:
+            raise RefusedError(
+                ProblemCode.TOO_MANY_UPLOADS,
+                f"{begun} deltas of this client are on their way already",
+            )
+
+    def used_bytes(self, now: float) -> int:
+        """Give what the server's files take, as measured within the last minute."""
+        self._measure(now, _MEASURED_AGAIN_S)
+        return self._used_bytes
 
     def _tell_refused(self, size_bytes: int, shortage: str) -> None:
         """Tell the operator when refusing begins, not of each refusal."""
@@ -148,7 +186,7 @@ class DiskQuota:
     def _disk_shortage(self, size_bytes: int, free_bytes: int, now: float) -> str:
         with self._lock:
             claims = self._awaited.values()
-            awaited_bytes = sum(awaited for awaited, at in claims if not _is_silent(at, now))
+            awaited_bytes = sum(it.size_bytes for it in claims if not _is_silent(it.at, now))
         left_bytes = free_bytes - awaited_bytes
         is_short = size_bytes > left_bytes - SPARE_BYTES
         return f"the disk has {max(0, left_bytes)} left" if is_short else ""
@@ -167,12 +205,12 @@ class DiskQuota:
 
     def _awaited_bytes(self) -> int:
         with self._lock:
-            return sum(size_bytes for size_bytes, _ in self._awaited.values())
+            return sum(claim.size_bytes for claim in self._awaited.values())
 
     def _forget_silent(self, now: float) -> None:
         """Forget the uploads that nobody speaks of and of which nothing is here."""
         with self._lock:
-            silent = [it for it, (_, at) in self._awaited.items() if _is_silent(at, now)]
+            silent = [it for it, claim in self._awaited.items() if _is_silent(claim.at, now)]
             for upload_id in silent:
                 if not self._home.upload_part(upload_id).exists():
                     del self._awaited[upload_id]

@@ -12,6 +12,7 @@ from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_server.runs import AssignmentState, RunSpec, RunState
+from fedra_server.screening import Outcome, Verdict
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,28 @@ class ClientRecord:
     def is_there(self, seen_since: float) -> bool:
         """Tell whether it is a member, said it is online, and has shown so since a moment."""
         return self.is_online and not self.has_left and self.last_seen_at >= seen_since
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """A join token without its secret; ``client_id`` is the one client that it enrols again."""
+
+    token_id: str
+    label: str
+    client_id: ClientId | None
+    created_at: float
+    expires_at: float
+    uses_allowed: int
+    uses_left: int
+    revoked_at: float | None = None
+
+    def why_unusable(self, now: float) -> str:
+        """Say in a word or two why it admits nobody; nothing when it does."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.uses_left == 0:
+            return "used up"
+        return "expired" if self.expires_at <= now else ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,10 @@ class RevisionRecord:
 
 @dataclass(frozen=True, slots=True)
 class MergeRecord:
-    """A piece of a delta was merged into a revision; ``weight`` has the staleness in it."""
+    """A piece of a delta was merged into a revision; ``weight`` has the staleness in it.
+
+    ``scale`` is what the piece was multiplied by, below 1 when it was clipped.
+    """
 
     assignment_id: AssignmentId
     piece: str
@@ -99,6 +125,41 @@ class MergeRecord:
     revision: int
     weight: float
     staleness: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScreeningRecord:
+    """What was measured and decided of a piece of a delta when it was to be merged.
+
+    Rows of one run and ``judgement`` were judged together, before ``revision`` was published;
+    norm and cosine are None where nothing was measured.
+    """
+
+    assignment_id: AssignmentId
+    piece: str
+    run: RunId
+    revision: int
+    judgement: int
+    norm: float | None
+    cosine: float | None
+    scale: float
+    verdict: Verdict
+    reason: str
+    outcome: Outcome | None
+    judged_at: float
+
+    @property
+    def is_held(self) -> bool:
+        """Tell whether it is quarantined and nobody has decided on it."""
+        return self.verdict is Verdict.QUARANTINED and self.outcome is None
+
+    @property
+    def may_merge(self) -> bool:
+        """Tell whether it was judged and may be merged."""
+        if self.verdict is Verdict.QUARANTINED:
+            return self.outcome is Outcome.RELEASED
+        return self.outcome is None
 
 
 @dataclass(frozen=True)

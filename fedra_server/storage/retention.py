@@ -19,16 +19,19 @@ from sqlalchemy import (
     update,
 )
 
+from fedra_server.chain import COMMAND, Event
 from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
 from fedra_server.storage.blobs import DIGEST
 from fedra_server.storage.database import Database
+from fedra_server.storage.journal import write_entry
 from fedra_server.storage.runs import find_run
 
 _RUNS = tables.runs.c
 _REVISIONS = tables.revisions.c
 _ASSIGNMENTS = tables.assignments.c
 _UNSETTLED: Final = (AssignmentState.PENDING.value, AssignmentState.ADMITTED.value)
+_DONE_WITH: Final = (AssignmentState.MERGED.value, AssignmentState.DISCARDED.value)
 _ROWS_AT_ONCE: Final = 200
 
 
@@ -62,8 +65,8 @@ class Retention(Database):
     ) -> Iterator[tuple[str, bool]]:
         """Give the id of every assignment, and whether a delta file of it is still needed.
 
-        It is not once it was refused before a moment, or is merged, and what was merged of it is
-        let go.
+        It is not once it was refused before a moment, or is merged or discarded, and what was
+        merged of it is let go. What is quarantined stays.
         """
         merged_last = (
             select(func.max(tables.merges.c.revision))
@@ -76,7 +79,7 @@ class Retention(Database):
             func.coalesce(merged_last, 0) <= _pruned_through(planned),
         )
         is_let_go = and_(
-            _ASSIGNMENTS.state == AssignmentState.MERGED.value,
+            _ASSIGNMENTS.state.in_(_DONE_WITH),
             func.coalesce(merged_last, _ASSIGNMENTS.round_number) <= _pruned_through(planned),
         )
         is_over = case((or_(is_refused, is_let_go), 1), else_=0)
@@ -118,6 +121,7 @@ class Retention(Database):
             cut = _cut(connection, run, keep_revisions)
             change = update(tables.runs).where(_RUNS.run == run)
             connection.execute(change.values(pruned_through=cut.through))
+            write_entry(connection, Event.RUN_PRUNED, run, COMMAND, {"through": cut.through})
             return cut
 
 

@@ -11,16 +11,19 @@ from sqlalchemy import ColumnElement, Connection, bindparam, exists, insert, sel
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import AssignmentId, ClientId
+from fedra_server.chain import SERVER, Event
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
+from fedra_server.storage.journal import write_entry
 from fedra_server.storage.records import (
     AssignmentRecord,
     MergeRecord,
     RevisionRecord,
     RoundRecord,
 )
+from fedra_server.storage.round_entries import tell_delta, tell_plan, tell_publication
 from fedra_server.storage.rows import (
     assignment_record,
     assignment_values,
@@ -28,6 +31,12 @@ from fedra_server.storage.rows import (
     revision_values,
     round_record,
     round_values,
+)
+from fedra_server.storage.screenings import (
+    NOTHING_SCREENED,
+    Screening,
+    tell_screening,
+    write_screening,
 )
 
 _ROUNDS = tables.rounds.c
@@ -65,7 +74,7 @@ class Publication:
 
     ``merged`` are the deltas of which no piece waits any more, ``expired`` the assignments whose
     deltas would be too stale from now on. One that ``leaves_none`` must have taken every delta
-    that is admitted.
+    that is admitted. ``screening`` is what was judged for it.
     """
 
     revision: RevisionRecord
@@ -74,6 +83,7 @@ class Publication:
     expired: Sequence[AssignmentId]
     leaves_none: bool
     finishes_run: bool
+    screening: Screening = NOTHING_SCREENED
 
 
 class RoundRecords(Database):
@@ -95,6 +105,7 @@ class RoundRecords(Database):
                 raise ConflictError(f"run {record.run!r} has an open round already")
             connection.execute(insert(tables.rounds).values(round_values(record)))
             _insert_assignments(connection, assignments)
+            tell_plan(connection, record, assignments)
 
     def extend_round(  # noqa: PLR0913 - all of an extension is one transaction
         self,
@@ -122,7 +133,9 @@ class RoundRecords(Database):
             connection.execute(change.values(deadline_at=deadline_at, draws=draws))
             _expire(connection, expire, now)
             _insert_assignments(connection, assignments)
-            return _open_round(connection, run, number)
+            extended = _open_round(connection, run, number)
+            tell_plan(connection, extended, assignments)
+            return extended
 
     def current_round(self, run: str) -> RoundRecord | None:
         """Give the round that is not published yet, if there is one."""
@@ -186,6 +199,8 @@ class RoundRecords(Database):
     ) -> AssignmentRecord:
         """Record how an assignment ended: admitted with its delta, refused, failed or expired.
 
+        The ``delta`` that was received is kept in the record when it is admitted.
+
         Raises:
             NotFoundError: No such assignment.
             ConflictError: Its state is none of ``only_from``.
@@ -195,7 +210,7 @@ class RoundRecords(Database):
             _ASSIGNMENTS.state.in_([source.value for source in only_from]),
         )
         values: dict[str, object] = {"state": state.value, "detail": detail, "settled_at": now}
-        if delta is not None:
+        if delta is not None and state is AssignmentState.ADMITTED:
             values["delta"] = delta.model_dump_json()
         with self.writing() as connection:
             before = _assignment(connection, assignment_id)
@@ -204,6 +219,7 @@ class RoundRecords(Database):
             after = _assignment(connection, assignment_id)
             if not is_changed:
                 raise ConflictError(f"assignment {assignment_id} is {after.state} already")
+            tell_delta(connection, after, delta)
             return after
 
     def publish(self, publication: Publication, round_number: int, now: float) -> None:
@@ -226,11 +242,14 @@ class RoundRecords(Database):
                 some = publication.merges[start : start + _ROWS_AT_ONCE]
                 connection.execute(insert(tables.merges), [merge_values(it) for it in some])
             _set_state(connection, publication.merged, admitted, AssignmentState.MERGED)
+            write_screening(connection, publication.screening, now)
             left = select(exists().where(_ASSIGNMENTS.run == run, admitted))
             if publication.leaves_none and connection.scalar(left):
                 raise ConflictError(f"round {round_number} admitted other deltas than were merged")
             _expire(connection, publication.expired, now)
             _close_round(connection, run, round_number, now)
+            tell_screening(connection, publication.screening)
+            tell_publication(connection, publication.revision, publication.merges)
             if publication.finishes_run:
                 _finish_run(connection, run)
             fault_point("publish.written")
@@ -320,4 +339,5 @@ def _finish_run(connection: Connection, run: str) -> None:
     """End a run, unless the operator stopped it meanwhile."""
     alive = [RunState.RUNNING.value, RunState.PAUSED.value]
     change = update(tables.runs).where(tables.runs.c.run == run, tables.runs.c.state.in_(alive))
-    connection.execute(change.values(state=RunState.FINISHED.value))
+    if connection.execute(change.values(state=RunState.FINISHED.value)).rowcount:
+        write_entry(connection, Event.RUN_FINISHED, run, SERVER)

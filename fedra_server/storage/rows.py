@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,6 +15,7 @@ from fedra_edge.protocol.models import BlobRef, ModelSpec
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import RevisionManifest, SliceManifest
 from fedra_server.runs import AssignmentState, RunSpec, RunState
+from fedra_server.screening import Outcome, Verdict
 from fedra_server.storage.records import (
     AssignmentRecord,
     ClientRecord,
@@ -23,6 +25,8 @@ from fedra_server.storage.records import (
     RevisionRecord,
     RoundRecord,
     RunRecord,
+    ScreeningRecord,
+    TokenRecord,
     UploadRecord,
 )
 
@@ -32,12 +36,12 @@ _NUMBERS = TypeAdapter(tuple[int, ...])
 _BLOBS = TypeAdapter(tuple[BlobRef | None, ...])
 
 
-def client_values(record: ClientRecord, credential_sha256: str) -> Values:
+def client_values(record: ClientRecord, public_key: str) -> Values:
     """Give the columns of a client."""
     return {
         "client_id": record.client_id,
         "name": record.name,
-        "credential_sha256": credential_sha256,
+        "public_key": public_key,
         "run": record.run,
         "profile": record.profile.model_dump_json(),
         "enrolled_at": record.enrolled_at,
@@ -58,6 +62,25 @@ def client_record(row: AnyRow) -> ClientRecord:
         last_seen_at=row.last_seen_at,
         is_online=row.is_online,
         has_left=row.has_left,
+    )
+
+
+def token_values(record: TokenRecord, secret_sha256: str) -> Values:
+    """Give the columns of a join token."""
+    return {**asdict(record), "secret_sha256": secret_sha256}
+
+
+def token_record(row: AnyRow) -> TokenRecord:
+    """Read a join token."""
+    return TokenRecord(
+        token_id=row.token_id,
+        label=row.label,
+        client_id=None if row.client_id is None else ClientId(row.client_id),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        uses_allowed=row.uses_allowed,
+        uses_left=row.uses_left,
+        revoked_at=row.revoked_at,
     )
 
 
@@ -125,6 +148,7 @@ def merge_values(record: MergeRecord) -> Values:
         "revision": record.revision,
         "weight": record.weight,
         "staleness": record.staleness,
+        "scale": record.scale,
     }
 
 
@@ -137,6 +161,30 @@ def merge_record(row: AnyRow) -> MergeRecord:
         revision=row.revision,
         weight=row.weight,
         staleness=row.staleness,
+        scale=row.scale,
+    )
+
+
+def screening_values(record: ScreeningRecord) -> Values:
+    """Give the columns of a screening."""
+    return asdict(record)
+
+
+def screening_record(row: AnyRow) -> ScreeningRecord:
+    """Read a screening."""
+    return ScreeningRecord(
+        assignment_id=AssignmentId(row.assignment_id),
+        piece=row.piece,
+        run=RunId(row.run),
+        revision=row.revision,
+        judgement=row.judgement,
+        norm=row.norm,
+        cosine=row.cosine,
+        scale=row.scale,
+        verdict=Verdict(row.verdict),
+        reason=row.reason,
+        outcome=None if row.outcome is None else Outcome(row.outcome),
+        judged_at=row.judged_at,
     )
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
+from typing import Final
 
+from pydantic import JsonValue
 from sqlalchemy import Connection, bindparam, insert, select, update
 
+from fedra_edge.protocol.slices import RevisionManifest
+from fedra_server.chain import COMMAND, Event, canonical, sha256_of
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.runs import RunState
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
+from fedra_server.storage.journal import write_entry
 from fedra_server.storage.records import RevisionRecord, RunRecord
 from fedra_server.storage.rows import revision_record, revision_values, run_record, run_values
 
@@ -18,6 +24,11 @@ _RUNS = tables.runs.c
 _RUN = select(tables.runs).where(_RUNS.run == bindparam("wanted"))
 _ALL_RUNS = select(tables.runs).order_by(_RUNS.created_at, _RUNS.run)
 _REVISIONS = tables.revisions.c
+_EVENTS: Final = {
+    RunState.PAUSED: Event.RUN_PAUSED,
+    RunState.STOPPED: Event.RUN_STOPPED,
+    RunState.FINISHED: Event.RUN_FINISHED,
+}
 
 
 class RunRecords(Database):
@@ -39,8 +50,17 @@ class RunRecords(Database):
                 raise ConflictError(
                     f"a run named {record.run!r} exists already", remedy="Choose another name."
                 )
-            connection.execute(insert(tables.runs).values(run_values(record)))
+            values = run_values(record)
+            connection.execute(insert(tables.runs).values(values))
             connection.execute(insert(tables.revisions).values(revision_values(revision)))
+            details: dict[str, JsonValue] = {
+                "model_id": record.model_id,
+                "spec_sha256": sha256_of(str(values["spec"])),
+                "revision_sha256": manifest_sha256(revision.manifest),
+            }
+            write_entry(connection, Event.RUN_CREATED, record.run, COMMAND, details)
+            if record.state is RunState.RUNNING:
+                write_entry(connection, Event.RUN_STARTED, record.run, COMMAND)
 
     def run(self, run: str) -> RunRecord:
         """Give a run.
@@ -56,22 +76,25 @@ class RunRecords(Database):
             return [run_record(row) for row in connection.execute(_ALL_RUNS).all()]
 
     def set_run_state(
-        self, run: str, state: RunState, allowed_from: Collection[RunState]
+        self, run: str, state: RunState, allowed_from: Collection[RunState], by: str = COMMAND
     ) -> RunRecord:
         """Move a run to another state, if it is in one of the allowed ones.
+
+        ``by`` says in the journal who asked for it.
 
         Raises:
             NotFoundError: No such run.
             ConflictError: Its present state does not allow this.
         """
-        sources = [source.value for source in allowed_from]
-        change = update(tables.runs).where(_RUNS.run == run, _RUNS.state.in_(sources))
+        change = update(tables.runs).where(_RUNS.run == run)
         with self.writing() as connection:
-            is_changed = connection.execute(change.values(state=state.value)).rowcount == 1
-            record = find_run(connection, run)
-            if not is_changed:
-                raise ConflictError(f"run {run!r} is {record.state} and cannot become {state}")
-            return record
+            connection.execute(_RUN.with_for_update(), {"wanted": run})
+            before = find_run(connection, run)
+            if before.state not in allowed_from:
+                raise ConflictError(f"run {run!r} is {before.state} and cannot become {state}")
+            connection.execute(change.values(state=state.value))
+            write_entry(connection, _event_of(before.state, state), run, by)
+            return replace(before, state=state)
 
     def revision(self, run: str, number: int | None = None) -> RevisionRecord:
         """Give a revision of a run, the latest unless a number is given.
@@ -87,6 +110,17 @@ class RunRecords(Database):
         """Give all revisions of a run, oldest first."""
         with self.reading() as connection:
             return find_revisions(connection, run)
+
+
+def manifest_sha256(manifest: RevisionManifest) -> str:
+    """Digest what a revision consists of: its blobs, named by their own digests."""
+    return sha256_of(canonical(manifest.model_dump(mode="json")))
+
+
+def _event_of(before: RunState, after: RunState) -> Event:
+    if after is RunState.RUNNING:
+        return Event.RUN_RESUMED if before is RunState.PAUSED else Event.RUN_STARTED
+    return _EVENTS[after]
 
 
 def find_run(connection: Connection, run: str) -> RunRecord:

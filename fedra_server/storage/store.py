@@ -9,27 +9,37 @@ from fedra_server.storage.clients import ClientRecords
 from fedra_server.storage.durability import disk_errors, make_directory, sync_directory
 from fedra_server.storage.evaluations import EvaluationRecords
 from fedra_server.storage.histories import RunHistories
+from fedra_server.storage.journal import Journal
 from fedra_server.storage.migrating import migrate
 from fedra_server.storage.models import ModelRecords
+from fedra_server.storage.operators import OperatorRecords
 from fedra_server.storage.progress import ProgressRecords
 from fedra_server.storage.retention import Retention
 from fedra_server.storage.rounds import RoundRecords
 from fedra_server.storage.runs import RunRecords
+from fedra_server.storage.screenings import ScreeningRecords
+from fedra_server.storage.tallies import Tallies
+from fedra_server.storage.tokens import TokenRecords
 from fedra_server.storage.trails import Trails
 from fedra_server.storage.uploads import UploadRecords
 
 
 class Store(
     ClientRecords,
+    TokenRecords,
     ModelRecords,
     RunRecords,
     RoundRecords,
+    ScreeningRecords,
     ProgressRecords,
     UploadRecords,
     EvaluationRecords,
     RunHistories,
     Trails,
     Retention,
+    Journal,
+    OperatorRecords,
+    Tallies,
 ):
     """The records of one server.
 

@@ -25,13 +25,27 @@ clients = Table(
     METADATA,
     Column("client_id", String(64), primary_key=True),
     Column("name", String(64), nullable=False),
-    Column("credential_sha256", String(64), nullable=False, unique=True),
+    Column("public_key", String(64), nullable=False, unique=True),
     Column("run", String(64)),
     Column("profile", Text, nullable=False),
     Column("enrolled_at", Float, nullable=False),
     Column("last_seen_at", Float, nullable=False),
     Column("is_online", Boolean, nullable=False),
     Column("has_left", Boolean, nullable=False),
+)
+
+join_tokens = Table(
+    "join_tokens",
+    METADATA,
+    Column("token_id", String(64), primary_key=True),
+    Column("secret_sha256", String(64), nullable=False),
+    Column("label", String(64), nullable=False),
+    Column("client_id", ForeignKey("clients.client_id")),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("uses_allowed", Integer, nullable=False),
+    Column("uses_left", Integer, nullable=False),
+    Column("revoked_at", Float),
 )
 
 calibrations = Table(
@@ -116,8 +130,28 @@ merges = Table(
     Column("revision", Integer, nullable=False),
     Column("weight", Float, nullable=False),
     Column("staleness", Integer, nullable=False),
+    Column("scale", Float, nullable=False, server_default="1"),
     ForeignKeyConstraint(["run", "revision"], ["revisions.run", "revisions.number"]),
     Index("merges_by_revision", "run", "revision"),
+)
+
+screenings = Table(
+    "screenings",
+    METADATA,
+    Column("assignment_id", ForeignKey("assignments.assignment_id"), primary_key=True),
+    Column("piece", String(16), primary_key=True),
+    Column("run", ForeignKey("runs.run"), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("judgement", Integer, nullable=False),
+    Column("norm", Float),
+    Column("cosine", Float),
+    Column("scale", Float, nullable=False),
+    Column("verdict", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("outcome", String(16)),
+    Column("judged_at", Float, nullable=False),
+    Index("screenings_by_judgement", "run", "judgement"),
+    Index("screenings_by_verdict", "run", "verdict"),
 )
 
 uploads = Table(
@@ -138,4 +172,27 @@ evaluations = Table(
     Column("revision", Integer, primary_key=True),
     Column("client_id", ForeignKey("clients.client_id"), primary_key=True),
     Column("evaluation", Text, nullable=False),
+)
+
+journal = Table(
+    "journal",
+    METADATA,
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("at", Float, nullable=False),
+    Column("event", String(32), nullable=False),
+    Column("subject", String(200), nullable=False),
+    Column("by", String(100), nullable=False),
+    Column("details", Text, nullable=False),
+    Column("previous_sha256", String(64), nullable=False),
+    Column("sha256", String(64), nullable=False),
+)
+
+operators = Table(
+    "operators",
+    METADATA,
+    Column("name", String(64), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("secret_sha256", String(64), nullable=False, unique=True),
+    Column("added_at", Float, nullable=False),
+    Column("expires_at", Float),
 )

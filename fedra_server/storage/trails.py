@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, not_, or_, select
 
-from fedra_edge.protocol.ids import AssignmentId, LayerId
+from fedra_edge.protocol.ids import AssignmentId, ClientId, LayerId
 from fedra_edge.protocol.models import BlobRef
 from fedra_server.errors import NotFoundError
 from fedra_server.publishing import trained_pieces
@@ -22,10 +22,12 @@ from fedra_server.storage.records import (
     RevisionRecord,
     RoundRecord,
     RunRecord,
+    ScreeningRecord,
 )
 from fedra_server.storage.rounds import find_rounds
 from fedra_server.storage.rows import AnyRow, merge_record, model_record
 from fedra_server.storage.runs import find_revisions, find_run
+from fedra_server.storage.screenings import find_screenings
 
 _ROWS_AT_ONCE: Final = 200
 _ASSIGNMENTS = tables.assignments.c
@@ -47,11 +49,15 @@ class WorkTrail:
     state: AssignmentState
     delta: BlobRef | None
     num_examples: int
+    client_id: ClientId
 
 
 @dataclass(frozen=True)
 class RunTrail:
-    """A run with what it published, and out of what; merges by revision and assignment."""
+    """A run with what it published, and out of what; merges by revision and assignment.
+
+    ``screenings`` are in the order of judging.
+    """
 
     run: RunRecord
     model: ModelRecord
@@ -59,6 +65,7 @@ class RunTrail:
     rounds: dict[int, RoundRecord]
     work: dict[AssignmentId, WorkTrail]
     merges: dict[int, list[MergeRecord]]
+    screenings: list[ScreeningRecord]
 
 
 class Trails(Database):
@@ -83,6 +90,7 @@ class Trails(Database):
             _ASSIGNMENTS.chance,
             _ASSIGNMENTS.state,
             _ASSIGNMENTS.delta,
+            _ASSIGNMENTS.client_id,
         ).where(_ASSIGNMENTS.run == run)
         with self.reading() as connection:
             record = find_run(connection, run)
@@ -98,6 +106,7 @@ class Trails(Database):
                 revisions=find_revisions(connection, run),
                 rounds={item.number: item for item in find_rounds(connection, run)},
                 merges=_merges(connection, run),
+                screenings=find_screenings(connection, run),
             )
 
     def dangling_rows(self) -> Iterator[tuple[str, str, int]]:
@@ -150,4 +159,5 @@ def _work(row: AnyRow) -> WorkTrail:
         if delta is None
         else BlobRef(sha256=delta["sha256"], size_bytes=delta["size_bytes"]),
         num_examples=0 if delta is None else delta["num_examples"],
+        client_id=ClientId(row.client_id),
     )

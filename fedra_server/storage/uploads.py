@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select, update
 
 from fedra_edge.protocol.ids import AssignmentId, UploadId
 from fedra_server.errors import NotFoundError
@@ -20,17 +20,30 @@ _UPLOADS_OF = (
 )
 
 
+_ADD = insert(tables.uploads)
+_TOUCH = (
+    update(tables.uploads)
+    .where(_UPLOADS.upload_id == bindparam("wanted"))
+    .values(created_at=_UPLOADS.created_at)
+)
+
+
 class UploadRecords(Database):
     """Every method is one transaction."""
 
-    def add_upload(self, record: UploadRecord) -> None:
-        """Note that a delta is announced.
+    def add_upload(self, record: UploadRecord, *, is_lasting: bool = True) -> None:
+        """Note that a delta is announced; one that may be sent anew need not outlast a power cut.
 
         Raises:
             ConflictError: The upload exists, or its assignment or client does not.
         """
+        with self.writing(is_lasting=is_lasting) as connection:
+            connection.execute(_ADD, upload_values(record))
+
+    def make_upload_lasting(self, upload_id: UploadId) -> None:
+        """Make sure that a power cut does not undo an upload's record, however it was added."""
         with self.writing() as connection:
-            connection.execute(insert(tables.uploads).values(upload_values(record)))
+            connection.execute(_TOUCH, {"wanted": upload_id})
 
     def upload(self, upload_id: UploadId) -> UploadRecord:
         """Give an upload.

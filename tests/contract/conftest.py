@@ -20,7 +20,12 @@ _NAMES = itertools.count(1)
 @pytest.fixture(scope="module")
 def hq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Headquarters]:
     """A server with one registered model and no active run."""
-    config = ServerConfig(max_request_bytes=100_000, max_enrolments_per_minute=10_000)
+    config = ServerConfig(
+        max_request_bytes=100_000,
+        max_enrolments_per_minute=10_000,
+        max_requests_at_once=200,
+        max_strange_requests_per_s=10_000,
+    )
     with headquarters(home_in(tmp_path_factory.mktemp("home")), config) as running:
         yield running
 

@@ -15,7 +15,6 @@ from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.messages import (
     ClientStatus,
-    EnrolRequest,
     FailureReport,
     Heartbeat,
     RejoinRequest,
@@ -36,6 +35,7 @@ from tests.support.headquarters import (
     headquarters,
     home_in,
 )
+from tests.support.keys import SiteKey, authority_of
 
 ALL_ROUTES = [value for value in vars(routes).values() if isinstance(value, routes.Route)]
 
@@ -72,17 +72,19 @@ def test_a_client_enrols_comes_back_goes_offline_and_leaves(hq: Headquarters) ->
         assert site.call(routes.OFFLINE).status_code == 204
         assert not status_of(site).is_online
         assert site.call(routes.LEAVE).status_code == 204
-        assert site.call(routes.CLIENT_STATUS).status_code == 401
+        answer = site.call(routes.CLIENT_STATUS)
+        assert (answer.status_code, answer.json()["code"]) == (403, "client-revoked")
 
 
-def test_the_credential_is_stored_nowhere(hq: Headquarters, site: Site) -> None:
+def test_a_session_is_stored_nowhere(hq: Headquarters, site: Site) -> None:
     for path in hq.services.home.path.rglob("*"):
         if path.is_file():
             assert site.credential.encode() not in path.read_bytes()
 
 
 def test_a_model_is_described_so_that_it_keeps_its_identity(hq: Headquarters, site: Site) -> None:
-    answer = site.call(routes.MODEL, parts={"model_id": hq.spec.model_id})
+    with hq.run("described", min_participants=100):
+        answer = site.call(routes.MODEL, parts={"model_id": hq.spec.model_id})
     assert ModelSpec.model_validate_json(answer.content).model_id == hq.spec.model_id
     assert "immutable" in answer.headers["Cache-Control"]
 
@@ -279,7 +281,7 @@ def test_health_tells_of_a_disk_that_takes_no_files(hq: Headquarters) -> None:
 def test_a_crowd_that_enrols_is_told_to_come_back_later(tmp_path: Path) -> None:
     config = ServerConfig(max_enrolments_per_minute=1)
     with headquarters(home_in(tmp_path), config) as running, running.site("one") as site:
-        answer = site.call(routes.ENROL, EnrolRequest(name="two", profile=make_profile()))
+        answer = site.call(routes.ENROL, SiteKey().enrolment(authority_of(site.http).ca_sha256))
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
 
@@ -287,6 +289,6 @@ def test_a_crowd_that_enrols_is_told_to_come_back_later(tmp_path: Path) -> None:
 def test_the_population_has_a_limit(tmp_path: Path) -> None:
     config = ServerConfig(max_clients=1)
     with headquarters(home_in(tmp_path), config) as running, running.site("one") as site:
-        answer = site.call(routes.ENROL, EnrolRequest(name="two", profile=make_profile()))
+        answer = site.call(routes.ENROL, SiteKey().enrolment(authority_of(site.http).ca_sha256))
     assert answer.status_code == 403
     assert "max_clients" in answer.json()["remedy"]

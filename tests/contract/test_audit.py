@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fedra_server.auditing import AuditReport, audit
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import NotFoundError
 from fedra_server.exit_codes import ExitCode
-from fedra_server.runs import AssignmentState, RunState
+from fedra_server.runs import AssignmentState, RunState, ScreeningSpec
 from fedra_server.storage import migrations
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.store import Store
@@ -273,7 +274,8 @@ def test_a_record_that_denies_the_others_is_found(
 
 
 def test_the_database_refuses_a_second_merge_of_a_piece(place: ServerHome) -> None:
-    again = "INSERT INTO merges SELECT assignment_id, piece, run, 3, weight, staleness FROM merges"
+    columns = "assignment_id, piece, run, 3, weight, staleness, scale"
+    again = f"INSERT INTO merges SELECT {columns} FROM merges"
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
         execute(place, f"{again} WHERE revision = 2 AND piece = 'head'")
 
@@ -311,7 +313,8 @@ def test_what_an_older_version_published_is_recorded_and_clean(tmp_path: Path) -
         after = store.trail(RUN)
     assert after.merges == before.merges
     assert [it.versions for it in after.revisions] == [it.versions for it in before.revisions]
-    assert after.run == before.run
+    unscreened = before.run.spec.model_copy(update={"screening": ScreeningSpec(enabled=False)})
+    assert after.run == replace(before.run, spec=unscreened)
 
 
 def test_a_buffered_run_is_clean_at_every_moment(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def our_run(tiny: TinyVit, directory: Path, residency: Residency) -> Mapping[str
                 work, local_data(client), room_for(work)
             )
             path = directory / f"{round_number}-{client}.safetensors"
-            path.write_bytes(pack_delta(compute_delta(work.adapters, trained.adapters)))
+            path.write_bytes(b"".join(pack_delta(compute_delta(work.adapters, trained.adapters))))
             contributor = Contributor(AssignmentId(str(client)), trained.num_examples, 1.0)
             pieces_trained = trained_pieces(manifest.trained_layer_ids)
             arrivals.append(Arrival(contributor, pieces_trained, revision.versions, path))

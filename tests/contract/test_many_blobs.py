@@ -7,6 +7,7 @@ import pytest
 
 from fedra_edge.protocol import routes
 from tests.support.headquarters import Headquarters, Site
+from tests.support.offers import offer
 
 SMALL = [bytes([letter]) * size for letter, size in ((65, 1), (66, 170_000), (67, 5))]
 LARGE = bytes(range(256)) * 8192
@@ -15,7 +16,7 @@ LARGE = bytes(range(256)) * 8192
 @pytest.fixture(scope="module")
 def digests(hq: Headquarters) -> list[str]:
     """The names of some blobs, more than a megabyte together."""
-    return [hq.services.blobs.put_bytes(data).sha256 for data in (*SMALL, LARGE)]
+    return list(offer(hq, *SMALL, LARGE))
 
 
 def ask(site: Site, wanted: str) -> httpx.Response:
@@ -33,6 +34,13 @@ def test_blobs_come_in_the_order_asked(site: Site, digests: list[str]) -> None:
 
 def test_one_that_is_missing_refuses_all(site: Site, digests: list[str]) -> None:
     answer = ask(site, f"{digests[0]},{'0' * 64}")
+    assert (answer.status_code, answer.json()["code"]) == (403, "not-assigned")
+
+
+def test_one_that_is_lost_refuses_all(hq: Headquarters, site: Site, digests: list[str]) -> None:
+    [lost] = offer(hq, b"lost")
+    hq.services.blobs.path(lost).unlink()
+    answer = ask(site, f"{digests[0]},{lost}")
     assert (answer.status_code, answer.json()["code"]) == (404, "not-found")
 
 

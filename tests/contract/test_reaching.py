@@ -22,6 +22,7 @@ from fedra_edge.retrying import ONCE, Retrier
 from fedra_edge.transport import Transport, open_http_client
 from tests.support.builders import make_profile
 from tests.support.headquarters import Headquarters
+from tests.support.offers import offer
 from tests.support.tls_front import TlsFront, tls_front
 from tests.support.web_proxy import web_proxy
 from tests.support.wire_server import unused_port
@@ -135,7 +136,8 @@ def test_a_proxy_of_the_environment_is_used_but_for_exceptions(
 def test_a_blob_comes_whole_through_tunnel_and_tls(
     hq: Headquarters, front: TlsFront, tmp_path: Path
 ) -> None:
-    ref: BlobRef = hq.services.blobs.put_bytes(DATA)
+    [sha256] = offer(hq, DATA)
+    ref = BlobRef(sha256=sha256, size_bytes=len(DATA))
     with hq.site("tunnelled") as site, web_proxy() as proxy:
         link = Link(proxy=proxy.url, ca_file=str(front.ca_file))
         transport = Transport(open_http_client(front.url, link), link)

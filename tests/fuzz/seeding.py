@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,13 @@ from fedra_edge.protocol.messages import EnrolRequest, FailureReport, Heartbeat,
 from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.rounds import Assignment, EvaluationTask, Stop, Train, Wait
 from fedra_edge.protocol.tensors import serialize_tensors
+from fedra_edge.protocol.trust import (
+    Authority,
+    Challenge,
+    JoinString,
+    KeyChange,
+    SessionRequest,
+)
 from fedra_server.modelbook.graphs.making import finish_graphs, forward_graphs, pack_graph
 from tests.fuzz.targets import DELTA_SHAPES, WIRE_TYPES
 from tests.support.builders import (
@@ -30,6 +38,7 @@ from tests.support.builders import (
     make_revision_manifest,
 )
 
+_CERTIFICATE: Final = ssl.DER_cert_to_PEM_cert(bytes(range(90)))
 CORPUS: Final = Path(__file__).parent / "corpus"
 _VIT: Final = {
     "hidden_size": 8,
@@ -79,7 +88,14 @@ def wire() -> Iterator[bytes]:
         (type(message), message)
         for message in (
             make_delta(),
-            EnrolRequest(name="plant 7", profile=make_profile(max_layers=3), run="run"),
+            EnrolRequest(
+                name="plant 7",
+                profile=make_profile(max_layers=3),
+                run="run",
+                public_key="k" * 43,
+                join_secret="ab12-secret",  # noqa: S106
+                signature="g" * 85 + "w",
+            ),
             RejoinRequest(profile=make_profile(), name="plant 8"),
             make_calibration(make_model_spec()),
             make_evaluation(),
@@ -87,6 +103,10 @@ def wire() -> Iterator[bytes]:
             FailureReport(detail="no memory"),
             make_model_spec(),
             problem,
+            SessionRequest(client_id="client-1", challenge="1.2.3", signature="g" * 85 + "A"),
+            KeyChange(public_key="k" * 42 + "s", signature="g" * 85 + "Q"),
+            Authority(ca_pem=_CERTIFICATE, ca_sha256=make_digest("ca")),
+            Challenge(challenge="1.2.3", expires_in_s=60),
         )
     ]
     for kind, message in messages:
@@ -102,6 +122,14 @@ def graphs() -> Iterator[bytes]:
         yield pack_graph(graph)
 
 
+def trust() -> Iterator[bytes]:
+    """Join strings for a host, a path and an address; a certificate; a key."""
+    for address in ("https://hq.example:8470", "https://hq/fedra", "http://[::1]:8470"):
+        yield str(JoinString(address, "ab12-secret", make_digest("ca"))).encode()
+    yield _CERTIFICATE.encode()
+    yield b"k" * 42 + b"s"
+
+
 def headers() -> Iterator[bytes]:
     """Sizes with ranges of every form, digests, offsets, and versions of any length."""
     for text in ("100 bytes=0-9", "100 bytes=90-", "100 bytes=-5", "0 bytes=-0", "5 bytes=0-1,3-4"):
@@ -114,7 +142,8 @@ def headers() -> Iterator[bytes]:
 
 
 SEEDS: Final = {
-    "tensors": tensors, "delta": delta, "wire": wire, "graphs": graphs, "headers": headers
+    "tensors": tensors, "delta": delta, "wire": wire, "graphs": graphs, "trust": trust,
+    "headers": headers,
 }  # fmt: skip
 
 

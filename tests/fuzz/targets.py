@@ -31,6 +31,17 @@ from fedra_edge.protocol.tensors import (
     read_header,
     read_tensor,
 )
+from fedra_edge.protocol.trust import (
+    Authority,
+    Challenge,
+    JoinString,
+    KeyChange,
+    SessionRequest,
+    certificate_sha256,
+    from_base64url,
+    pinned_pem,
+    to_base64url,
+)
 from fedra_edge.protocol.version import PROTOCOL_VERSION, skew, upgrade_advice
 from fedra_edge.protocol.wire import ByteCount, byte_count_of
 from fedra_edge.training.graph_checking import check_graph
@@ -45,7 +56,7 @@ DELTA_SHAPES: Final = {
 }
 WIRE_TYPES: Final[tuple[Any, ...]] = (
     Assignment, DeltaManifest, EnrolRequest, RejoinRequest, Calibration, Evaluation, Heartbeat,
-    FailureReport, ModelSpec, Problem,
+    FailureReport, ModelSpec, Problem, SessionRequest, KeyChange, Authority, Challenge,
 )  # fmt: skip
 """The first byte of an input says which."""
 _deserialize: Final[Callable[[bytes], list[tuple[str, object]]]] = deserialize
@@ -120,6 +131,20 @@ def parse_headers(data: bytes) -> None:
     assert skew(PROTOCOL_VERSION, wanted) in {"", "older", "newer"}
 
 
+def parse_trust(data: bytes) -> None:
+    """Read a join string, a certificate and a key; the same text as each of them."""
+    text = data.decode("latin-1")
+    with suppress(ValueError):
+        join_string = JoinString.parse(text)
+        assert JoinString.parse(str(join_string)) == join_string
+        assert "secret" not in repr(join_string).replace(join_string.address, "")
+    with suppress(ValueError):
+        assert to_base64url(from_base64url(text)) == text
+    with suppress(ValueError):
+        authority = Authority(ca_pem=text, ca_sha256=certificate_sha256(text))
+        assert pinned_pem(authority, authority.ca_sha256).count("-----BEGIN") == 1
+
+
 TARGETS: Final = {
     "tensors": Target(
         read_tensors,
@@ -135,6 +160,18 @@ TARGETS: Final = {
         parse_message, ("kind", "train", "wait", "stop", "null", "true", "1e999", "\\u0000")
     ),
     "graphs": Target(check_operators, ("MatMul", "ai.onnx", "Constant", "Loop", "location")),
+    "trust": Target(
+        parse_trust,
+        (
+            "https://",
+            "#",
+            ".",
+            "-",
+            "@",
+            "-----BEGIN CERTIFICATE-----",
+            "-----END CERTIFICATE-----",
+        ),
+    ),
     "headers": Target(parse_headers, ("bytes=", "-", ",", "0", "999999999999999999", "sha-256=:")),
 }
 

@@ -23,6 +23,7 @@ from fedra_edge.protocol.tensors import (
     read_tensors,
     serialize_tensors,
     tensor_file_bytes,
+    tensor_parts,
 )
 
 
@@ -187,6 +188,7 @@ def test_what_float32_cannot_hold_is_not_widened(tmp_path: Path, dtype: type) ->
 def test_the_size_of_a_file_is_known_without_making_it(shapes: dict[str, tuple[int, ...]]) -> None:
     tensors = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
     assert tensor_file_bytes(shapes) == len(serialize_tensors(tensors))
+    assert b"".join(tensor_parts(tensors)) == serialize_tensors(tensors)
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\x00b", "a\nb", "\x1b[31m", "caf\u00e9"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import httpx
@@ -12,31 +11,29 @@ from fedra_edge.protocol import routes
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_server.clock import SystemClock
-from fedra_server.http.auth import new_credential
 from fedra_server.runs import RunSpec
 from fedra_server.storage.store import Store
 from tests.support.builders import make_assignment, make_client, make_round
 from tests.support.headquarters import PROTOCOL, Site, honest_delta
+from tests.support.keys import SiteKey, open_session
 
 _TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Participant:
-    """One of them: its credential, and its work, which is a slice of all layers."""
+    """One of them: its key, and its work, which is a slice of all layers."""
 
     client_id: str
-    credential: str
+    key: SiteKey
     work: SliceManifest
 
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return {**PROTOCOL, "Authorization": f"Bearer {self.credential}"}
-
     def site(self, http: httpx.Client) -> Site:
-        """Speak over a connection that others use too."""
-        http.headers.update(self.headers)
-        return Site(self.client_id, self.credential, http)
+        """Sign in, and speak over a connection that others use too."""
+        http.headers.update(PROTOCOL)
+        session = open_session(http, self.key, self.client_id)
+        http.headers["Authorization"] = f"Bearer {session}"
+        return Site(self.client_id, session, http)
 
 
 def open_crowded_round(
@@ -48,16 +45,16 @@ def open_crowded_round(
     layers = [{"layer_id": layer_id, "role": "train"} for layer_id in spec.layer_ids]
     assignments, crowd = [], []
     for number in range(size):
-        credential = new_credential()
+        key = SiteKey()
         client = make_client(f"client-{number}")
         client = replace(client, run=run, enrolled_at=now, last_seen_at=now)
-        store.add_client(client, credential.sha256)
+        store.add_client(client, key.public)
         assignment = make_assignment(
             f"assignment-{number}", client.client_id, run=run, model_id=spec.model_id,
             revision=base, adapter=run_spec.adapter, layers=layers,
         )  # fmt: skip
         assignments.append(replace(assignment, issued_at=now))
-        crowd.append(Participant(client.client_id, credential.secret, assignment.manifest))
+        crowd.append(Participant(client.client_id, key, assignment.manifest))
     opened = replace(make_round(1, run), opened_at=now, deadline_at=now + run_spec.deadline_s)
     store.open_round(opened, assignments)
     return crowd
@@ -71,11 +68,13 @@ class StallingUpload:
         self._participant = participant
         self._delta = honest_delta(spec, participant.work)
         self._half = len(self._delta.data) // 2
-        upload_id = participant.site(http).announce(self._delta).upload_id
+        site = participant.site(http)
+        upload_id = site.announce(self._delta).upload_id
         place = http.base_url
         self._socket = socket.create_connection((place.host, place.port or 80), _TIMEOUT_S)
         headers = {
-            **participant.headers,
+            **PROTOCOL,
+            "Authorization": f"Bearer {site.credential}",
             "Host": place.host,
             "Connection": "close",
             "Content-Length": str(len(self._delta.data)),

@@ -71,7 +71,7 @@ class Headless:
 
     def enrol(self, name: str, **profile: object) -> ClientId:
         client = replace(make_client(name), profile=make_profile(**profile))
-        self.store.add_client(client, credential_sha256=name.ljust(64, "0"))
+        self.store.add_client(client, public_key=name.ljust(64, "0"))
         spec = self.store.model(self.store.run(RUN).model_id).spec
         self.store.set_calibration(client.client_id, make_calibration(spec))
         return client.client_id

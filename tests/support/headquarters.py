@@ -17,7 +17,7 @@ from fedra_edge.protocol import routes
 from fedra_edge.protocol.deltas import DeltaManifest
 from fedra_edge.protocol.devices import Calibration
 from fedra_edge.protocol.ids import RunId
-from fedra_edge.protocol.messages import EnrolReceipt, EnrolRequest, UploadStatus
+from fedra_edge.protocol.messages import UploadStatus
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.rounds import Train
 from fedra_edge.protocol.routes import Route
@@ -27,7 +27,7 @@ from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.clock import SystemClock
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.http.services import Services, free_disk_bytes
-from fedra_server.http.serving import GracefulServer, build_services, listen, url_of
+from fedra_server.http.serving import GracefulServer, build_services, listen, port_of
 from fedra_server.publishing import initial_revision
 from fedra_server.runs import RunState
 from fedra_server.storage.blobs import BlobStore
@@ -36,10 +36,10 @@ from fedra_server.storage.store import Store
 from tests.support.builders import (
     make_block_memory,
     make_model_spec,
-    make_profile,
     make_run_spec,
     make_training_report,
 )
+from tests.support.keys import SiteKey, enrol_key, open_session
 
 PROTOCOL = {PROTOCOL_HEADER: PROTOCOL_VERSION}
 _TIMEOUT_S = 60.0
@@ -171,14 +171,12 @@ def connection(url: str, headers: Mapping[str, str] = PROTOCOL) -> Iterator[http
 
 
 def enrol(http: httpx.Client, name: str, run: str | None = None) -> Site:
-    """Become a client; the connection carries the credential from then on."""
-    profile = make_profile(memory_bytes=2**40, baseline_bytes=10**8)
-    request = EnrolRequest(name=name, profile=profile, run=run)
-    answer = Site("", "", http).call(routes.ENROL, request)
-    assert answer.status_code == 201, answer.text
-    receipt = EnrolReceipt.model_validate_json(answer.content)
-    http.headers["Authorization"] = f"Bearer {receipt.credential}"
-    return Site(receipt.client_id, receipt.credential, http)
+    """Become a client; the connection carries its session from then on."""
+    key = SiteKey()
+    client_id = enrol_key(http, key, name, run)
+    session = open_session(http, key, client_id)
+    http.headers["Authorization"] = f"Bearer {session}"
+    return Site(client_id, session, http)
 
 
 def calibrate(site: Site, spec: ModelSpec) -> None:
@@ -245,7 +243,12 @@ def create_run(
 def headquarters(
     home: ServerHome, config: ServerConfig, free_bytes: Callable[[Path], int] = free_disk_bytes
 ) -> Iterator[Headquarters]:
-    """Serve a home with everything real, on a thread, with one model registered."""
+    """Serve a home with everything real, on a thread, with one model registered.
+
+    Sites may enrol without a join string unless the settings say otherwise.
+    """
+    if "enrolment" not in config.model_fields_set:
+        config = config.model_copy(update={"enrolment": "open"})
     home.create()
     with ExitStack() as stack:
         listener = stack.enter_context(listen("127.0.0.1", 0))
@@ -262,7 +265,7 @@ def headquarters(
         stack.callback(thread.join)
         stack.callback(setattr, server, "should_exit", True)
         assert ready.wait(_TIMEOUT_S)
-        yield Headquarters(url_of(listener, "127.0.0.1"), services, spec)
+        yield Headquarters(f"http://127.0.0.1:{port_of(listener)}", services, spec)
 
 
 def home_in(directory: Path) -> ServerHome:

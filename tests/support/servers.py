@@ -136,7 +136,8 @@ def _command(without: Sequence[str]) -> list[str]:
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:
-    named = {f"FEDRA_SERVER_{name.upper()}": value for name, value in settings.items()}
+    chosen = {"enrolment": "open", **settings}  # tests of join strings ask for "token"
+    named = {f"FEDRA_SERVER_{name.upper()}": value for name, value in chosen.items()}
     return {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", **named}
 
 

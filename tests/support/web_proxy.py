@@ -18,7 +18,10 @@ from tests.support.tls_front import join_sockets, pump
 
 
 class WebProxy(socketserver.ThreadingTCPServer):
-    """Passes requests on and remembers their first lines; ``account`` is NAME:PASSWORD."""
+    """Passes requests on and remembers their first lines; ``account`` is NAME:PASSWORD.
+
+    ``instead_of`` has it tunnel to other places than it is asked for, as HOST:PORT.
+    """
 
     daemon_threads = True
 
@@ -26,6 +29,7 @@ class WebProxy(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Conversation)
         self.seen: list[str] = []
         self.account = account
+        self.instead_of: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -66,6 +70,7 @@ class _Conversation(socketserver.StreamRequestHandler):
             )
             return
         method, target, _ = head[0].split(" ")
+        target = proxy.instead_of.get(target, target)
         host, _, port = (target if method == "CONNECT" else urlsplit(target).netloc).rpartition(":")
         with socket.create_connection((host, int(port))) as far:
             if method == "CONNECT":

@@ -36,8 +36,8 @@ def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FEDRA_EDGE_SERVER", "http://from-environment:1")
     monkeypatch.setenv("FEDRA_EDGE_MEMORY_BYTES", "1GB")
     monkeypatch.setenv("FEDRA_EDGE_MAX_LAYERS", "3")
-    config = load_config({"server": "http://given:2/", "max_layers": None})
-    assert (config.server, config.memory_bytes, config.max_layers) == ("http://given:2", 10**9, 3)
+    config = load_config({"server": "https://given:2/", "max_layers": None})
+    assert (config.server, config.memory_bytes, config.max_layers) == ("https://given:2", 10**9, 3)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +48,18 @@ def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ({"server": "127.0.0.1:8470"}, "mean http://127.0.0.1:8470 "),
         ({"server": "plant"}, "mean http://plant "),
         ({"server": "http://user:secret@plant"}, "no user name"),
-        ({"server": "http://plant", "name": "/etc/passwd"}, "--name should be at most 64"),
-        ({"server": "http://plant", "memory_bytes": "lots"}, "--memory: 'lots' is no size"),
-        ({"server": "http://plant", "serverr": "x"}, "serverr"),
-        ({"server": "http://plant", "max_layers": 0}, "--max-layers should be greater"),
-        ({"server": "http://plant", "poll_s": -1}, "FEDRA_EDGE_POLL_S should be"),
-        ({"server": "http://plant", "mirrors": ["ftp://nas"]}, "--mirror: 'ftp://nas' is no"),
-        ({"server": "http://plant", "max_bandwidth": "fast"}, "--max-bandwidth: 'fast' is no size"),
-        ({"server": "http://plant", "max_bandwidth": "1"}, "--max-bandwidth should be greater"),
-        ({"server": "http://plant", "proxy": "proxy:3128"}, "--proxy: this is no proxy address"),
+        ({"server": "https://plant", "name": "/etc/passwd"}, "--name should be at most 64"),
+        ({"server": "https://plant", "memory_bytes": "lots"}, "--memory: 'lots' is no size"),
+        ({"server": "https://plant", "serverr": "x"}, "serverr"),
+        ({"server": "https://plant", "max_layers": 0}, "--max-layers should be greater"),
+        ({"server": "https://plant", "poll_s": -1}, "FEDRA_EDGE_POLL_S should be"),
+        ({"server": "https://plant", "mirrors": ["ftp://nas"]}, "--mirror: 'ftp://nas' is no"),
+        (
+            {"server": "https://plant", "max_bandwidth": "fast"},
+            "--max-bandwidth: 'fast' is no size",
+        ),
+        ({"server": "https://plant", "max_bandwidth": "1"}, "--max-bandwidth should be greater"),
+        ({"server": "https://plant", "proxy": "proxy:3128"}, "--proxy: this is no proxy address"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(options: dict[str, object], complaint: str) -> None:
@@ -75,8 +78,8 @@ def test_the_error_never_repeats_a_password(server: str) -> None:
 
 
 def test_each_server_has_its_own_identity_and_outbox(tmp_path: Path) -> None:
-    one = load_config({"server": "http://plant.example:8470", "home": tmp_path})
-    other = load_config({"server": "http://plant.example:8471", "home": tmp_path})
+    one = load_config({"server": "https://plant.example:8470", "home": tmp_path})
+    other = load_config({"server": "https://plant.example:8471", "home": tmp_path})
     assert one.membership != other.membership
     assert one.blobs == other.blobs
     assert one.outbox.is_relative_to(tmp_path)
@@ -104,4 +107,4 @@ def test_a_machine_needs_no_server_to_be_described(tmp_path: Path) -> None:
 
 
 def test_the_host_name_gives_a_name_that_the_server_accepts() -> None:
-    assert load_config({"server": "http://plant"}).name == default_name()
+    assert load_config({"server": "https://plant"}).name == default_name()

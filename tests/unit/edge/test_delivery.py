@@ -10,15 +10,15 @@ import pytest
 
 from fedra_edge.client import EdgeClient
 from fedra_edge.config import EdgeConfig, load_config
-from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Outbox
 from fedra_edge.protocol import routes
-from fedra_edge.protocol.ids import AssignmentId, ClientId
+from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.messages import ClientStatus, DeltaReceipt, UploadStatus
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Stop
 from tests.support.builders import make_training_report
 from tests.support.edge_site import PATIENCE_S, CountingTrainer, MemoryDataset
+from tests.support.gate import Gate, make_member
 from tests.support.wire_server import Received, Reply, serving
 
 DELTA = b"x" * 100
@@ -64,16 +64,17 @@ class ScriptedServer:
 
 def settings_with_a_waiting_delta(url: str, home: Path) -> EdgeConfig:
     config = load_config({"server": url, "home": home})
-    IdentityFile(config.membership, config.server).save(Identity(ClientId("c1"), "secret"))
     outbox = Outbox(config.outbox)
-    outbox.put(AssignmentId("a1"), DELTA, num_examples=1, report=make_training_report())
+    outbox.put(AssignmentId("a1"), [DELTA], num_examples=1, report=make_training_report())
     return config
 
 
 def take_part(server: ScriptedServer, home: Path) -> EdgeConfig:
     """Run a client that has a delta in its outbox until the server says that all is over."""
-    with serving(server) as wire:
+    gate = Gate(behind=server)
+    with serving(gate) as wire:
         config = settings_with_a_waiting_delta(wire.url, home)
+        gate.public_key = make_member(config)
         client = EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()).start()
         try:
             assert client.wait(PATIENCE_S)

@@ -17,7 +17,7 @@ REPORT = make_training_report()
 
 
 def put(outbox: Outbox, name: str, content: bytes = b"tensors") -> Parcel:
-    return outbox.put(AssignmentId(name), content, num_examples=5, report=REPORT)
+    return outbox.put(AssignmentId(name), [content], num_examples=5, report=REPORT)
 
 
 def test_an_outbox_without_directory_is_empty(tmp_path: Path) -> None:

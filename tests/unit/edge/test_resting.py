@@ -54,8 +54,8 @@ def test_the_proxy_s_password_is_not_on_the_command_line(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("added", [[], [CONTRIBUTED, "7"]])
 def test_what_a_rest_added_is_taken_out_again(added: list[str]) -> None:
-    arguments = ["join", *added, "--server", "http://plant", "--"]
-    assert resting_of(arguments, 7) == Resting(("join", "--server", "http://plant", "--"), 7)
+    arguments = ["join", *added, "--server", "https://plant", "--"]
+    assert resting_of(arguments, 7) == Resting(("join", "--server", "https://plant", "--"), 7)
 
 
 def test_a_command_that_cannot_be_carried_along_never_rests() -> None:

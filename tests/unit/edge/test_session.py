@@ -16,11 +16,10 @@ from typing_extensions import override
 from fedra_edge.client import EdgeClient
 from fedra_edge.config import EdgeConfig, load_config
 from fedra_edge.errors import DataError, NotAuthenticatedError, NotFoundError, SliceError
-from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Outbox
 from fedra_edge.progress import ClientProgress, Phase
-from fedra_edge.protocol.ids import AssignmentId, ClientId, RunId
-from fedra_edge.protocol.messages import EnrolReceipt, RejoinRequest
+from fedra_edge.protocol.ids import AssignmentId, RunId
+from fedra_edge.protocol.messages import RejoinRequest
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
@@ -36,6 +35,7 @@ from tests.support.edge_site import (
     eventually,
     with_solid_model,
 )
+from tests.support.gate import Gate, make_member
 from tests.support.headquarters import Headquarters, headquarters, home_in
 from tests.support.servers import running_server
 from tests.support.wire_server import Received, Reply, serving, unused_port
@@ -285,7 +285,9 @@ def test_a_delta_that_nobody_waits_for_is_kept_apart(
 ) -> None:
     config = settings(hq, tmp_path, None)
     outbox = Outbox(config.outbox)
-    outbox.put(AssignmentId("long-gone"), b"x" * 100, num_examples=1, report=make_training_report())
+    outbox.put(
+        AssignmentId("long-gone"), [b"x" * 100], num_examples=1, report=make_training_report()
+    )
     with (
         caplog.at_level(logging.WARNING),
         EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()),
@@ -295,17 +297,15 @@ def test_a_delta_that_nobody_waits_for_is_kept_apart(
     assert outbox.num_waiting == 0
 
 
-def test_a_credential_that_the_server_does_not_know_says_how_to_leave(
+def test_a_client_that_the_server_does_not_know_says_how_to_leave(
     hq: Headquarters, tmp_path: Path
 ) -> None:
     config = settings(hq, tmp_path, None)
-    identity = Identity(ClientId("c1"), "not-the-credential")
-    IdentityFile(config.membership, config.server).save(identity)
+    make_member(config, "stranger")
     client = EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()).start()
     with pytest.raises(NotAuthenticatedError) as refusal:
         client.wait(PATIENCE_S)
     assert "fedra-edge leave" in refusal.value.remedy
-    assert "not-the-credential" not in str(refusal.value)
 
 
 def test_a_run_that_does_not_exist_is_told(hq: Headquarters, tmp_path: Path) -> None:
@@ -371,9 +371,9 @@ def test_only_the_first_question_after_work_is_answered_at_once(
         if received.path.startswith("/v1/assignment"):
             asked.append(parse_qs(urlsplit(received.path).query)["wait_s"][0])
             return idle
-        return Reply.of(EnrolReceipt(client_id="c1", credential="secret"), status=201)
+        return Reply(204)
 
-    with serving(answer) as server:
+    with serving(Gate(behind=answer)) as server:
         config = load_config({"server": server.url, "home": tmp_path, "poll_s": 5})
         with EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()) as client:
             eventually(lambda: len(asked) > 4)
@@ -390,9 +390,10 @@ def test_a_name_is_sent_again_only_when_it_was_given(name: str | None, tmp_path:
             told.append(RejoinRequest.model_validate_json(received.body))
         return Reply.problem(ProblemCode.NOT_FOUND, 404)
 
-    with serving(answer) as server:
+    gate = Gate(behind=answer)
+    with serving(gate) as server:
         config = load_config({"server": server.url, "home": tmp_path, "name": name})
-        IdentityFile(config.membership, config.server).save(Identity(ClientId("c1"), "secret"))
+        gate.public_key = make_member(config)
         client = EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()).start()
         with pytest.raises(NotFoundError):
             client.wait(PATIENCE_S)

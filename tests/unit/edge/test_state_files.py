@@ -18,8 +18,8 @@ from fedra_edge.outbox import Outbox
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from tests.support.builders import make_training_report
 
-SERVER = "http://plant.example"
-IDENTITY = Identity(ClientId("c1"), "secret-credential")
+SERVER = "https://plant.example"
+IDENTITY = Identity(ClientId("c1"), "ab" * 32)
 TEN_YEARS_S = 10 * 365 * 86_400
 
 Damage = Callable[[Path], object]
@@ -44,7 +44,7 @@ DAMAGES: dict[str, Damage] = {
     "zeros": lambda path: path.write_bytes(bytes(4096)),
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
     "a list": lambda path: path.write_bytes(b"[1, 2]"),
-    "newer": edited(version=2),
+    "newer": edited(version=9),
     "version of a wrong type": edited(version="one"),
     "a directory": in_its_place,
 }
@@ -52,7 +52,7 @@ DAMAGES: dict[str, Damage] = {
 
 def put(outbox: Outbox, name: str) -> None:
     report = make_training_report()
-    outbox.put(AssignmentId(name), b"tensors", num_examples=5, report=report)
+    outbox.put(AssignmentId(name), [b"tensors"], num_examples=5, report=report)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -73,7 +73,7 @@ def test_an_identity_that_is_not_understood_is_set_aside(
     assert file.load() == IDENTITY
 
 
-@pytest.mark.parametrize("changes", [{"client_id": 3}, {"credential": None}, {"server": [1]}])
+@pytest.mark.parametrize("changes", [{"client_id": 3}, {"ca_sha256": None}, {"server": [1]}])
 def test_an_identity_with_wrong_types_is_set_aside(
     tmp_path: Path, changes: dict[str, object]
 ) -> None:
@@ -89,7 +89,7 @@ def test_an_identity_from_before_versions_is_understood(tmp_path: Path) -> None:
     file.save(IDENTITY)
     path = tmp_path / "identity.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    assert values.pop("version") == 1
+    assert values.pop("version") == 2
     path.write_text(json.dumps(values), encoding="utf-8")
     assert file.load() == IDENTITY
 

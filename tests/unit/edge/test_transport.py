@@ -36,6 +36,7 @@ from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_edge.retrying import Retrier, RetryPolicy
+from fedra_edge.sessions import GivenSession
 from fedra_edge.transport import Request, Transport, open_http_client
 from tests.support.builders import make_training_report
 from tests.support.wire_server import Received, Reply, Script, scripted, serving, unused_port
@@ -67,15 +68,17 @@ def failure_of(script: Script) -> FedraEdgeError:
     pytest.fail("nothing was raised")
 
 
-def test_a_request_carries_protocol_and_credential() -> None:
+def test_a_request_carries_protocol_and_session() -> None:
     with serving(scripted(HEALTHY)) as server, connected(server.url) as (api, transport):
         api.health()
-        transport.authenticate("secret")
+        transport.authenticate(GivenSession("secret"))
         api.health()
-    first, second = server.received
-    assert first.headers[PROTOCOL_HEADER] == PROTOCOL_VERSION
-    assert "Authorization" not in first.headers
-    assert second.headers["Authorization"] == "Bearer secret"
+        transport.ask(Request(routes.CLIENT_STATUS, routes.CLIENT_STATUS.path), Health)
+    *anonymous, last = server.received
+    assert last.headers[PROTOCOL_HEADER] == PROTOCOL_VERSION
+    assert len(anonymous) == 2
+    assert all("Authorization" not in received.headers for received in anonymous)
+    assert last.headers["Authorization"] == "Bearer secret"
 
 
 @pytest.mark.parametrize("code", list(ProblemCode))
@@ -100,7 +103,7 @@ def test_the_codes_that_matter_most(code: ProblemCode, kind: type[Exception]) ->
     assert REFUSALS[code] is kind
 
 
-def test_a_wrong_credential_says_how_to_leave() -> None:
+def test_a_client_that_is_unknown_is_told_how_to_leave() -> None:
     failure = failure_of(scripted(Reply.problem(ProblemCode.NOT_AUTHENTICATED, 401)))
     assert "fedra-edge leave" in failure.remedy
 
@@ -129,7 +132,7 @@ def test_what_is_no_fedra_server_is_recognised(reply: Reply) -> None:
 
 
 def test_a_server_of_another_protocol_is_refused() -> None:
-    reply = Reply(200, HEALTHY.body, {PROTOCOL_HEADER: "2.0"})
+    reply = Reply(200, HEALTHY.body, {PROTOCOL_HEADER: "3.0"})
     assert isinstance(failure_of(scripted(reply)), ProtocolMismatchError)
 
 

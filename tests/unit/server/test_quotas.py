@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from fedra_edge.protocol.ids import UploadId
+from fedra_edge.protocol.ids import ClientId, UploadId
+from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.config import ServerHome
-from fedra_server.errors import StorageFullError
+from fedra_server.errors import RefusedError, StorageFullError
 from fedra_server.expecting import largest_expected_bytes
 from fedra_server.runs import RunState
 from fedra_server.storage.quotas import SPARE_BYTES, DiskQuota, measure_use
 from tests.support.headless import Headless
 
 ONE, TWO = UploadId("one"), UploadId("two")
+CLIENT, OTHER = ClientId("client"), ClientId("other")
 PLENTY = 2**40
 
 
@@ -37,7 +39,7 @@ def grant(
     now: float = 0.0,
     is_begun: bool = False,
 ) -> None:
-    quota.grant(upload_id, size_bytes, free_bytes=free_bytes, now=now, is_begun=is_begun)
+    quota.grant(upload_id, size_bytes, CLIENT, free_bytes=free_bytes, now=now, is_begun=is_begun)
 
 
 def test_files_count_wherever_they_lie(home: ServerHome) -> None:
@@ -188,3 +190,27 @@ def test_there_is_no_space_where_the_largest_expected_delta_does_not_fit(tmp_pat
         assert quota.shortage(needed_bytes, free_bytes=PLENTY, now=0.0)
     finally:
         server.store.close()
+
+
+def test_a_client_has_so_many_deltas_on_their_way_and_no_more(home: ServerHome) -> None:
+    quota = DiskQuota(home, None, most_of_one=2)
+    grant(quota, ONE, 10)
+    grant(quota, TWO, 10)
+    with pytest.raises(RefusedError) as caught:
+        grant(quota, UploadId("three"), 10)
+    assert caught.value.code is ProblemCode.TOO_MANY_UPLOADS
+    grant(quota, ONE, 10)  # announced again
+    quota.grant(UploadId("four"), 10, OTHER, free_bytes=PLENTY, now=0.0, is_begun=False)
+    grant(quota, UploadId("five"), 10, is_begun=True)
+    quota.note_arrived(TWO, 10, now=0.0)
+    quota.release(UploadId("five"))
+    grant(quota, UploadId("three"), 10)
+
+
+def test_what_stands_here_from_before_a_restart_counts_for_its_client(home: ServerHome) -> None:
+    quota = DiskQuota(home, None, most_of_one=1)
+    (home.uploads / "one.part").write_bytes(b"begun")
+    quota.expect_rest(ONE, 10, CLIENT)
+    with pytest.raises(RefusedError):
+        grant(quota, TWO, 10)
+    quota.grant(TWO, 10, OTHER, free_bytes=PLENTY, now=0.0, is_begun=False)

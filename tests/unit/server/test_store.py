@@ -86,12 +86,14 @@ def states(store: Store) -> list[AssignmentState]:
     return [it.state for it in store.assignments(RUN, 1)]
 
 
-def test_a_client_is_found_by_its_credential_until_it_leaves(store: Store) -> None:
-    found = store.client_by_credential(make_digest("client-1"))
-    assert found == make_client("client-1")
-    assert store.client_by_credential(make_digest("stranger")) is None
+def test_a_client_is_found_by_its_key(store: Store) -> None:
+    assert store.client_with_key(make_digest("client-1")) == make_client("client-1")
+    assert store.client_and_key(CLIENT) == (make_client("client-1"), make_digest("client-1"))
+    assert store.client_with_key(make_digest("stranger")) is None
     store.leave(CLIENT, NOW + 1)
-    assert store.client_by_credential(make_digest("client-1")) is None
+    left = store.client_with_key(make_digest("client-1"))
+    assert left is not None
+    assert left.has_left
     assert [it.client_id for it in store.clients()] == ["client-2"]
     assert [it.has_left for it in store.clients(include_left=True)] == [True, False]
     with pytest.raises(NotFoundError):

@@ -1,0 +1,167 @@
+"""The key pair that a client proves itself with: one private file, a second one while it changes.
+
+Signing needs a library that takes memory, so it is imported when a key is read, and not before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fedra_edge.durable_files import (
+    clear_place,
+    remove_durably,
+    set_aside,
+    storage_errors,
+    sync_directory,
+    write_durably,
+)
+from fedra_edge.errors import IdentityError
+from fedra_edge.protocol.trust import to_base64url
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+LOGGER: Final = logging.getLogger(__name__)
+FILE_NAME: Final = "key.pem"
+NEXT_NAME: Final = "next-key.pem"
+_DAMAGED: Final = "damaged"
+
+
+@dataclass(frozen=True)
+class ClientKey:
+    """An Ed25519 key pair; its private half never shows in a representation or a log."""
+
+    public_key: str
+    _private: Ed25519PrivateKey = field(repr=False, compare=False)
+
+    @classmethod
+    def make(cls) -> ClientKey:
+        """Draw a new pair."""
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        return cls._of(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> ClientKey:
+        """Read what `to_pem` wrote.
+
+        Raises:
+            ValueError: It is no such key.
+        """
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        try:
+            private = load_pem_private_key(pem, password=None)
+        except (TypeError, UnsupportedAlgorithm) as error:
+            raise ValueError("the key is encrypted, or of an unknown kind") from error
+        if not isinstance(private, Ed25519PrivateKey):
+            raise ValueError("this is no Ed25519 key")  # noqa: TRY004 (a wrong value in a file)
+        return cls._of(private)
+
+    @classmethod
+    def _of(cls, private: Ed25519PrivateKey) -> ClientKey:
+        return cls(to_base64url(private.public_key().public_bytes_raw()), private)
+
+    def to_pem(self) -> bytes:
+        """Write the private half as PKCS8."""
+        from cryptography.hazmat.primitives.serialization import (
+            Encoding,
+            NoEncryption,
+            PrivateFormat,
+        )
+
+        return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+    def sign(self, message: bytes) -> str:
+        """Sign as the protocol writes signatures."""
+        return to_base64url(self._private.sign(message))
+
+
+class KeyFiles:
+    """The keys in the directory that belongs to one server; only their owner may read them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._current = directory / FILE_NAME
+        self._next = directory / NEXT_NAME
+
+    @property
+    def is_there(self) -> bool:
+        """Whether any key is kept here, readable or not."""
+        return self._current.exists() or self._next.exists()
+
+    @property
+    def age_s(self) -> float:
+        """How old the current key is; 0 when there is none."""
+        try:
+            return max(0.0, time.time() - self._current.stat().st_mtime)
+        except OSError:
+            return 0.0
+
+    def candidates(self) -> list[ClientKey]:
+        """Give the keys that the server may know this client by, the likelier one first.
+
+        There is a next one only while the key is changed, or after a crash amid that.
+        """
+        found = (_load(self._next), _load(self._current))
+        return [key for key in found if key is not None]
+
+    def current(self) -> ClientKey:
+        """Give the current key, made and on the disk if there was none."""
+        return _load(self._current) or _keep_new(self._current)
+
+    def next(self) -> ClientKey:
+        """Give the key to come, made and on the disk if there was none."""
+        return _load(self._next) or _keep_new(self._next)
+
+    def promote(self, key: ClientKey) -> None:
+        """Let a key that the server has accepted be the current one, if it was the next."""
+        next_key = _load(self._next)
+        if next_key is None or next_key != key:
+            return  # it was current before, or another process was quicker
+        with storage_errors(f"keep {self._current}"):
+            self._next.replace(self._current)
+            sync_directory(self._current.parent)
+
+    def set_aside(self) -> None:
+        """Move the keys out of the way, for new ones."""
+        for path in (self._current, self._next):
+            if path.exists():
+                set_aside(path, path.parent / _DAMAGED)
+
+    def forget(self) -> None:
+        """Remove all keys."""
+        remove_durably(self._next, self._current)
+
+
+def _load(path: Path) -> ClientKey | None:
+    """Read a key; None when there is none, or what is there is none and was set aside.
+
+    Raises:
+        IdentityError: The file exists and may not be read.
+    """
+    clear_place(path, path.parent / _DAMAGED)
+    try:
+        return ClientKey.from_pem(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise IdentityError(
+            f"cannot read {path}: {error.strerror}",
+            remedy="run the client as the user that enrolled it, or choose another --home",
+        ) from error
+    except ValueError:
+        kept_at = set_aside(path, path.parent / _DAMAGED)
+        LOGGER.warning("the key %s is damaged; kept as %s", path, kept_at)
+        return None
+
+
+def _keep_new(path: Path) -> ClientKey:
+    key = ClientKey.make()
+    write_durably(path, key.to_pem())
+    return key

@@ -1,0 +1,89 @@
+"""Turns an answer that is no success, or none of ours, into the error that it stands for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final
+
+import httpx
+from pydantic import ValidationError
+
+from fedra_edge.errors import (
+    REFUSALS,
+    FedraEdgeError,
+    NotThereError,
+    OffsetMismatchError,
+    ServerUnreachableError,
+    UnexpectedAnswerError,
+)
+from fedra_edge.network_errors import CHECK_PROXY
+from fedra_edge.protocol.problems import Problem, ProblemCode
+from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER
+from fedra_edge.protocol.wire import byte_count_of
+
+_NOT_FOUND: Final = 404
+_WHO_ARE_YOU: Final = 407
+_NOT_NOW: Final = frozenset({408, 425, 429})
+WRONG_ADDRESS: Final = (
+    "check that --server is the address of a Fedra server, not of a proxy or portal"
+)
+_REMEDIES: Final = {
+    ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave --forget` to drop the identity that this "
+    "server does not know, then join with a join string",
+    ProblemCode.PROTOCOL_MISMATCH: "install the client release that belongs to this server",
+}
+
+
+def check_encoding(response: httpx.Response) -> None:
+    """Refuse compressed answers: nobody asked for them, and they may unfold to any size."""
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in {"", "identity"}:
+        raise UnexpectedAnswerError(
+            f"the answer is encoded as {encoding[:20]}, which was not asked for",
+            remedy="a proxy on the way may change answers; exempt the server from it",
+        )
+
+
+def _parse_problem(response: httpx.Response, body: bytes) -> Problem | None:
+    with contextlib.suppress(ValidationError):
+        if "json" in response.headers.get("content-type", ""):
+            return Problem.model_validate_json(body)
+    return None
+
+
+def refusal_of(response: httpx.Response, body: bytes) -> FedraEdgeError:
+    """Give the error that a refusing answer stands for."""
+    problem = _parse_problem(response, body)
+    status = response.status_code
+    detail = problem.detail if problem else f"HTTP status {status}"
+    if response.is_server_error or status in _NOT_NOW:
+        return ServerUnreachableError(
+            f"the server cannot do this now: {detail}",
+            remedy=problem.remedy if problem else "",
+            retry_after_s=_retry_after_s(response),
+        )
+    if response.has_redirect_location:
+        return UnexpectedAnswerError(
+            f"the address redirects to {response.headers['location']}",
+            remedy="give the final address as --server",
+        )
+    if problem is None:
+        return _error_without_problem(response)
+    if problem.code is ProblemCode.OFFSET_MISMATCH:
+        offset = byte_count_of(response.headers.get(UPLOAD_OFFSET_HEADER, ""))
+        return OffsetMismatchError(problem, offset_bytes=offset or 0)
+    remedy = problem.remedy or _REMEDIES.get(problem.code, "")
+    return REFUSALS[problem.code](problem, remedy=remedy)
+
+
+def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
+    kind = NotThereError if response.status_code == _NOT_FOUND else UnexpectedAnswerError
+    return kind(
+        f"HTTP status {response.status_code} without a problem document",
+        remedy=CHECK_PROXY if response.status_code == _WHO_ARE_YOU else WRONG_ADDRESS,
+    )
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isdecimal() else None

@@ -1,0 +1,175 @@
+"""fedra-server token: the join strings by which sites get in."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Final
+from urllib.parse import urlsplit
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from fedra_edge.protocol.messages import SiteName
+from fedra_server.addressing import is_loopback
+from fedra_server.authority import AuthorityFiles, certificate_names
+from fedra_server.chain import COMMAND
+from fedra_server.cli.names import find_member
+from fedra_server.cli.output import format_time, tell_json, tell_table
+from fedra_server.cli.workplace import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    Workplace,
+    example,
+    open_workplace,
+)
+from fedra_server.config import ServerConfig
+from fedra_server.durations import parse_duration
+from fedra_server.inviting import TokenWish, invite, summarize_token
+
+_MOST_USES: Final = 100_000
+_LABEL: Final[TypeAdapter[str]] = TypeAdapter(SiteName)
+
+app = typer.Typer(
+    help="Make, list and revoke the join strings by which sites get in.",
+    epilog=example("token create --label plant-7"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command(epilog=example("token create --uses 12 --ttl 7d --label plants"))
+def create(
+    uses: Annotated[
+        int, typer.Option(min=1, max=_MOST_USES, help="How many sites may join with it.")
+    ] = 1,
+    ttl: Annotated[
+        str, typer.Option(metavar="SPAN", help="How long it works, such as 90s, 15m, 24h or 7d.")
+    ] = "24h",
+    label: Annotated[str, typer.Option(help="What it is for, such as plant-7.")] = "",
+    client: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_ID",
+            help="Only to enrol this client again, say after a disk swap: it keeps its id and "
+            "history, and its old key and sessions end.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="How sites reach the server; else as it listens."),
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Print one join string, which is all that a site needs: fedra-edge join --server STRING.
+
+    It is told this once; the server keeps a digest of it.
+    """
+    if client is not None and uses != 1:
+        raise typer.BadParameter("a join string for one client has one use")
+    ttl_s = _seconds(ttl)
+    _check_label(label)
+    _check_address(address)
+    now = time.time()
+    with open_workplace(home) as place:
+        client_id = None if client is None else find_member(place.store, client).client_id
+        wish = TokenWish(
+            uses=uses, ttl_s=ttl_s, label=label, client_id=client_id, address=address
+        )  # fmt: skip
+        made = invite(place.store, place.home, place.config, wish, by=COMMAND, now=now)
+        reached_at = made.join_string.address
+        _warn_of_names(place, reached_at)
+    if as_json:
+        told = {"join_string": str(made.join_string), "address": reached_at}
+        tell_json({**summarize_token(made.token, now).model_dump(mode="json"), **told})
+    else:
+        typer.echo(str(made.join_string))
+
+
+@app.command("list", epilog=example("token list --json"))
+def list_tokens(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """List the join strings that were made, by their ids; secrets are not known."""
+    now = time.time()
+    with open_workplace(home) as place:
+        tokens = place.store.tokens()
+    if as_json:
+        summaries = [summarize_token(token, now) for token in tokens]
+        tell_json({"tokens": [it.model_dump(mode="json") for it in summaries]})
+        return
+    tell_table(
+        ["TOKEN ID", "LABEL", "STATE", "USES LEFT", "EXPIRES", "FOR CLIENT"],
+        [
+            [
+                it.token_id,
+                it.label or "-",
+                it.why_unusable(now) or "usable",
+                f"{it.uses_left} of {it.uses_allowed}",
+                format_time(it.expires_at),
+                it.client_id or "any",
+            ]
+            for it in tokens
+        ],
+        empty="No join strings yet; make one with `fedra-server token create`.",
+    )
+
+
+@app.command(epilog=example("token revoke 3f9a01bc"))
+def revoke(
+    token_id: Annotated[str, typer.Argument(help="Its id, as `token list` shows it.")],
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Let nobody join with a join string any more; sites that have joined stay."""
+    now = time.time()
+    with open_workplace(home) as place:
+        token = place.store.revoke_token(token_id, now, COMMAND)
+    if as_json:
+        tell_json(summarize_token(token, now))
+    else:
+        typer.echo(f"Revoked the join string {token_id}")
+
+
+def _check_address(address: str | None) -> None:
+    try:
+        ServerConfig.model_validate({"address": address})
+    except ValidationError:
+        raise typer.BadParameter("an address reads https://HOST:PORT or http://...") from None
+
+
+def _warn_of_names(place: Workplace, address: str) -> None:
+    """Say on standard error what would surprise whoever uses the join string elsewhere."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    if is_loopback(host):
+        typer.echo(
+            "This join string works on this machine only; for others set address in server.toml, "
+            "or give --address.",
+            err=True,
+        )
+        return
+    issued = AuthorityFiles.of(place.home).server
+    is_own = place.config.certificate_file is None and issued.exists()
+    if parts.scheme == "https" and is_own and host not in certificate_names(issued):
+        typer.echo(
+            f"The server's certificate does not name {host}: add it to host_names in server.toml "
+            "and start the server again, unless a reverse proxy answers there.",
+            err=True,
+        )
+
+
+def _check_label(label: str) -> None:
+    if not label:
+        return
+    try:
+        _LABEL.validate_python(label)
+    except ValidationError:
+        rule = "letters, digits, spaces, '.', '_' and '-', at most 64"
+        raise typer.BadParameter(f"{label[:80]!r} is no label; use {rule}") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text[:40]!r}: {error}") from None

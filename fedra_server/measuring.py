@@ -1,0 +1,159 @@
+"""Measures the pieces of deltas on the disk: how long each is, and which way the others point.
+
+Sums are folded by halves, element by element, so they have the same bits on every machine.
+Memory is bounded by the pieces at hand, whatever the number of deltas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+from fedra_edge.protocol.ids import AssignmentId, ClientId
+from fedra_edge.protocol.layers import TensorKey
+from fedra_server.piecewise import piece_groups
+from fedra_server.screening import HOLDERS_FOR_COSINES, Measure
+from fedra_server.server_optimizers import Float64Array
+from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.records import RevisionRecord
+from fedra_server.summing import WeightedDelta, sum_deltas
+
+Holdings = Mapping[AssignmentId, tuple[ClientId, frozenset[str]]]
+"""Who made each delta, and which of its pieces are measured."""
+
+
+def folded_sum(values: Float64Array) -> float:
+    """Add up values by adding one half to the other until one is left."""
+    while values.size > 1:
+        half = values.size // 2
+        folded = values[:half] + values[half : 2 * half]
+        if values.size % 2:
+            folded[0] += values[-1]
+        values = folded
+    return float(values[0]) if values.size else 0.0
+
+
+def measure(
+    revision: RevisionRecord,
+    holdings: Holdings,
+    delta_file: Callable[[AssignmentId], Path],
+    blobs: BlobStore,
+) -> list[Measure]:
+    """Measure every piece of every delta, by assignment and piece.
+
+    Args:
+        revision: Any revision of the run; it tells how large the pieces are.
+        holdings: What to measure.
+        delta_file: Finds the file of an admitted delta.
+        blobs: Where the revision's blobs are.
+
+    Raises:
+        OSError: A delta is missing or cannot be read.
+        ValueError: A delta does not hold what it was admitted with.
+    """
+    wanted = {piece for _, pieces in holdings.values() for piece in pieces}
+    places = {index: piece for index, piece in enumerate(revision.pieces) if piece in wanted}
+    found: list[Measure] = []
+    for group in piece_groups(revision, places, blobs):
+        sizes = {name: size for values in group.values() for name, size in values.items()}
+        found += _Group(sizes, holdings, delta_file).measures()
+    return sorted(found, key=lambda it: (it.assignment_id, it.piece))
+
+
+class _Group:
+    """Pieces that are measured together."""
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        holdings: Holdings,
+        delta_file: Callable[[AssignmentId], Path],
+    ) -> None:
+        self._sizes, self._delta_file = sizes, delta_file
+        self._spans = dict(_piece_spans(sizes))
+        self._held = {
+            assignment_id: (client_id, sorted(pieces & self._spans.keys()))
+            for assignment_id, (client_id, pieces) in sorted(holdings.items())
+        }
+        self._counts = Counter(
+            (client_id, piece) for client_id, pieces in self._held.values() for piece in pieces
+        )
+
+    def measures(self) -> Iterator[Measure]:
+        norms = {
+            (assignment_id, piece): math.sqrt(folded_sum(values * values))
+            for assignment_id, piece, values in self._values(self._spans.keys())
+        }
+        cosines = self._cosines(norms)
+        for (assignment_id, piece), norm in norms.items():
+            client_id, _ = self._held[assignment_id]
+            cosine = cosines.get((assignment_id, piece))
+            yield Measure(assignment_id, client_id, piece, norm, cosine)
+
+    def _cosines(
+        self, norms: Mapping[tuple[AssignmentId, str], float]
+    ) -> dict[tuple[AssignmentId, str], float]:
+        """Hold each delta's direction against the mean of the others', one say for each client."""
+        clients = Counter(piece for _, piece in self._counts)
+        judged = {it for it, count in clients.items() if count >= HOLDERS_FOR_COSINES}
+        if not judged:
+            return {}
+        shares = {
+            (assignment_id, piece): 1.0 / self._counts[self._held[assignment_id][0], piece]
+            for assignment_id, piece in norms
+        }
+        directions = (
+            WeightedDelta(
+                self._delta_file(assignment_id),
+                {
+                    piece: shares[assignment_id, piece] / norms[assignment_id, piece]
+                    for piece in pieces
+                    if piece in judged and norms[assignment_id, piece] > 0
+                },
+            )
+            for assignment_id, (_, pieces) in self._held.items()
+        )
+        total = sum_deltas(self._sizes, directions)
+        lengths = {
+            piece: folded_sum(total[span] * total[span])
+            for piece, span in self._spans.items()
+            if piece in judged
+        }
+        found = {}
+        for assignment_id, piece, values in self._values(judged):
+            key = (assignment_id, piece)
+            if norms[key] > 0:
+                along = folded_sum(values * total[self._spans[piece]]) / norms[key]
+                rest = lengths[piece] - 2 * shares[key] * along + shares[key] ** 2
+                if rest > 0:
+                    cosine = (along - shares[key]) / math.sqrt(rest)
+                    found[key] = min(max(cosine, -1.0), 1.0)
+        return found
+
+    def _values(self, wanted: AbstractSet[str]) -> Iterator[tuple[AssignmentId, str, Float64Array]]:
+        """Read the deltas one after the other, and give those pieces of each."""
+        for assignment_id, (_, pieces) in self._held.items():
+            weights = {piece: 1.0 for piece in pieces if piece in wanted}
+            if weights:
+                delta = WeightedDelta(self._delta_file(assignment_id), weights)
+                values = sum_deltas(self._sizes, [delta])
+                for piece in weights:
+                    yield assignment_id, piece, values[self._spans[piece]]
+
+
+def _piece_spans(sizes: Mapping[str, int]) -> Iterator[tuple[str, slice]]:
+    """Give each piece's part of a sum; tensors of a piece lie behind each other."""
+    start = stop = 0
+    piece = ""
+    for name, size in sizes.items():
+        current = TensorKey.parse(name).piece
+        if current != piece:
+            if piece:
+                yield piece, slice(start, stop)
+            piece, start = current, stop
+        stop += size
+    if piece:
+        yield piece, slice(start, stop)

@@ -1,0 +1,25 @@
+"""Checking what a client's key has signed."""
+
+from __future__ import annotations
+
+from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.trust import from_base64url
+from fedra_server.errors import RefusedError
+
+
+def check_signature(public_key: str, signature: str, message: bytes) -> None:
+    """Make sure that the holder of a key has signed a message.
+
+    Raises:
+        RefusedError: It was another key, or another message.
+    """
+    from cryptography.exceptions import InvalidSignature  # loaded with the first client
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        key = Ed25519PublicKey.from_public_bytes(from_base64url(public_key))
+        key.verify(from_base64url(signature), message)
+    except (InvalidSignature, ValueError) as error:
+        raise RefusedError(
+            ProblemCode.SIGNATURE_INVALID, "the signature is not of this key, server and purpose"
+        ) from error
