@@ -2,8 +2,10 @@
 
     import fedra_edge
 
-    with fedra_edge.join("https://plant.example", data="images") as client:
+    with fedra_edge.join("https://hq.example:8470#SECRET.FINGERPRINT", data="images") as client:
         client.wait()
+
+The join string comes from headquarters; once this machine has joined, the address is enough.
 
 Importing this package is quick: what is heavy is loaded when it is first used.
 """
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
     from fedra_edge.data.text_manifest import TextManifest
     from fedra_edge.errors import (
         BackendUnavailableError,
+        ClientRevokedError,
         ConfigurationError,
         DataError,
         DeltaRefusedError,
         FedraEdgeError,
         IdentityError,
+        JoinRefusedError,
         NotAuthenticatedError,
         NotFoundError,
         NotPermittedError,
@@ -41,7 +45,9 @@ if TYPE_CHECKING:
         StorageFullError,
         TrainingInterrupted,
         UnexpectedAnswerError,
+        UntrustedServerError,
         WorkInterrupted,
+        WrongServerError,
     )
     from fedra_edge.prediction import LabelProbability, Prediction, Predictions, predict
     from fedra_edge.progress import ClientProgress, Phase
@@ -61,6 +67,7 @@ __all__ = [
     "BackendUnavailableError",
     "BlockCost",
     "ClientProgress",
+    "ClientRevokedError",
     "ConfigurationError",
     "DataError",
     "DeltaRefusedError",
@@ -71,6 +78,7 @@ __all__ = [
     "FedraEdgeError",
     "IdentityError",
     "ImageFolder",
+    "JoinRefusedError",
     "LabelProbability",
     "LocalDataset",
     "ManifestDataset",
@@ -97,8 +105,10 @@ __all__ = [
     "Trainer",
     "TrainingInterrupted",
     "UnexpectedAnswerError",
+    "UntrustedServerError",
     "WholeModel",
     "WorkInterrupted",
+    "WrongServerError",
     "__version__",
     "join",
     "predict",

@@ -13,6 +13,7 @@ FedraEdgeError
 │   └── StorageFullError          ... because disk or quota have no space left
 ├── MirrorTooSlowError            a mirror brings weights so slowly that others are asked
 ├── ServerUnreachableError        no answer, or an answer that says "not now"
+│   ├── ServerFailedError         the server fails at this very request
 │   ├── UnexpectedAnswerError     something answered, but not as the protocol allows
 │   └── UntrustedServerError      whoever answers has no certificate that we trust
 └── ServerRefusedError            the server says no; carries its problem document
@@ -105,6 +106,10 @@ class ServerUnreachableError(FedraEdgeError):
     ) -> None:
         super().__init__(message, remedy=remedy)
         self.retry_after_s = retry_after_s
+
+
+class ServerFailedError(ServerUnreachableError):
+    """The server answers, and fails at this very request; others may succeed."""
 
 
 class UnexpectedAnswerError(ServerUnreachableError):

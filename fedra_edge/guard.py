@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -31,6 +32,7 @@ class PromiseGuard:
         self._plans = tuple(plans(footprint.training, footprint.backend))
         self.step_downs: list[str] = []
         self.promised_bytes = 0
+        self._settled_bytes = math.inf
 
     def fitting(self, plan: MemoryPlan) -> MemoryPlan:
         """Give the plan itself when it still fits, else the fastest one that does.
@@ -40,7 +42,7 @@ class PromiseGuard:
         """
         usable_bytes = self._usable_bytes()
         if self._peak(plan) <= usable_bytes:
-            self.promised_bytes = max(self.promised_bytes, self._peak(plan))
+            self._adopt(plan)
             return plan
         return self._step_down(plan, usable_bytes, f"only {_shown(usable_bytes)} can be used now")
 
@@ -57,13 +59,21 @@ class PromiseGuard:
         limit_bytes = max(int(_MUCH_SMALLER * peak_bytes), min(least_bytes, peak_bytes - 1))
         return self._step_down(plan, limit_bytes, "an allocation failed")
 
+    def settled_bytes(self) -> float:
+        """Give what the process may occupy between two micro-batches, with the last plan given."""
+        return self._settled_bytes
+
+    def _adopt(self, plan: MemoryPlan) -> None:
+        self.promised_bytes = max(self.promised_bytes, self._peak(plan))
+        self._settled_bytes = self._footprint.settled_bytes(plan)
+
     def _step_down(self, plan: MemoryPlan, limit_bytes: int, why: str) -> MemoryPlan:
         for candidate in self._plans:
             if self._peak(candidate) <= limit_bytes:
                 told = f"{_described(plan)} -> {_described(candidate)}: {why}"
                 LOGGER.warning("stepping down, %s", told)
                 self.step_downs.append(told)
-                self.promised_bytes = max(self.promised_bytes, self._peak(candidate))
+                self._adopt(candidate)
                 return candidate
         least_bytes = min(map(self._peak, self._plans))
         raise MemoryShortError(

@@ -146,6 +146,10 @@ class Outbox:
             self._file(assignment_id, _TENSORS).unlink(missing_ok=True)
         self._written.pop(assignment_id, None)
 
+    def postpone(self, assignment_id: AssignmentId) -> None:
+        """Let a delta wait behind all others."""
+        self._make_newest(self._file(assignment_id, _MANIFEST))
+
     def refuse(self, assignment_id: AssignmentId) -> None:
         """Move a delta that the server does not want to ``refused/``, where it stays."""
         self._set_aside(assignment_id, "refused")

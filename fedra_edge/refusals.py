@@ -13,6 +13,7 @@ from fedra_edge.errors import (
     FedraEdgeError,
     NotThereError,
     OffsetMismatchError,
+    ServerFailedError,
     ServerUnreachableError,
     UnexpectedAnswerError,
 )
@@ -22,11 +23,17 @@ from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER
 from fedra_edge.protocol.wire import byte_count_of
 
 _NOT_FOUND: Final = 404
+_FAILED: Final = 500
 _WHO_ARE_YOU: Final = 407
 _NOT_NOW: Final = frozenset({408, 425, 429})
 WRONG_ADDRESS: Final = (
     "check that --server is the address of a Fedra server, not of a proxy or portal"
 )
+_OWN_REMEDIES: Final = {
+    ProblemCode.CLIENT_REVOKED: "headquarters has ended the membership of this site; if it should "
+    "take part again, ask for a new join string, run `fedra-edge leave --forget`, and join with "
+    "it. Deltas that were not sent stay in this home's outbox",
+}
 _REMEDIES: Final = {
     ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave --forget` to drop the identity that this "
     "server does not know, then join with a join string",
@@ -57,7 +64,8 @@ def refusal_of(response: httpx.Response, body: bytes) -> FedraEdgeError:
     status = response.status_code
     detail = problem.detail if problem else f"HTTP status {status}"
     if response.is_server_error or status in _NOT_NOW:
-        return ServerUnreachableError(
+        kind = ServerFailedError if status == _FAILED else ServerUnreachableError
+        return kind(
             f"the server cannot do this now: {detail}",
             remedy=problem.remedy if problem else "",
             retry_after_s=_retry_after_s(response),
@@ -72,7 +80,7 @@ def refusal_of(response: httpx.Response, body: bytes) -> FedraEdgeError:
     if problem.code is ProblemCode.OFFSET_MISMATCH:
         offset = byte_count_of(response.headers.get(UPLOAD_OFFSET_HEADER, ""))
         return OffsetMismatchError(problem, offset_bytes=offset or 0)
-    remedy = problem.remedy or _REMEDIES.get(problem.code, "")
+    remedy = _OWN_REMEDIES.get(problem.code) or problem.remedy or _REMEDIES.get(problem.code, "")
     return REFUSALS[problem.code](problem, remedy=remedy)
 
 

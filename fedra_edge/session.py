@@ -10,6 +10,7 @@ from typing import Final
 from fedra_edge.enrolling import Enrolment
 from fedra_edge.errors import (
     FedraEdgeError,
+    ServerFailedError,
     ServerRefusedError,
     ServerUnreachableError,
     StorageError,
@@ -24,7 +25,7 @@ from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_edge.protocol.messages import RejoinRequest
 from fedra_edge.protocol.rounds import Assignment, Stop, Train, Wait
-from fedra_edge.retrying import RetryPolicy
+from fedra_edge.retrying import ONCE, RetryPolicy
 
 LOGGER: Final = logging.getLogger(__name__)
 _DELIVERY: Final = RetryPolicy(max_attempts=5, max_wait_s=5.0)
@@ -56,6 +57,7 @@ class Session:
         self._told_at = -_TELLING_S
         self._participation = Participation(equipment)
         self._failures = 0
+        self._postponed: set[AssignmentId] = set()
         self._quick_answers = 0
         self._is_reason_known = False
         self._may_rest = may_rest
@@ -178,6 +180,8 @@ class Session:
             self._board.update(phase=Phase.SENDING, detail="sending the delta")
             try:
                 self._send(parcel)
+            except ServerFailedError as error:
+                self._put_behind(parcel, error)
             except ServerUnreachableError as error:
                 LOGGER.warning("the delta waits in the outbox: %s", error)
                 return False
@@ -188,9 +192,10 @@ class Session:
 
     def _send(self, parcel: Parcel) -> None:
         assignment_id = parcel.manifest.id
+        policy = ONCE if assignment_id in self._postponed else _DELIVERY
         try:
             receipt = self._api.send_delta(
-                parcel.manifest, parcel.file, _DELIVERY, is_new=parcel.is_new
+                parcel.manifest, parcel.file, policy, is_new=parcel.is_new
             )
         except FATAL:
             raise
@@ -206,6 +211,14 @@ class Session:
             late = "" if stale is None else f" late, with a staleness of {stale}"
             detail = f"the delta was admitted{late}"
             self._board.update(phase=Phase.WAITING, rounds_contributed=contributed, detail=detail)
+
+    def _put_behind(self, parcel: Parcel, error: ServerFailedError) -> None:
+        """Let a delta at which the server fails wait behind the others, and hold up no work."""
+        assignment_id = parcel.manifest.id
+        LOGGER.warning("the delta of %s waits behind the others: %s", assignment_id, error)
+        self._give_up(assignment_id, f"the server fails at the delta: {error}")
+        self._equipment.outbox.postpone(assignment_id)
+        self._postponed.add(assignment_id)
 
     def _give_up(self, assignment_id: AssignmentId, detail: str) -> None:
         """End an assignment whose delta is not wanted, or it would be handed out again."""

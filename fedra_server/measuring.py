@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from io import FileIO
 from pathlib import Path
+
+import numpy as np
 
 from fedra_edge.protocol.ids import AssignmentId, ClientId
 from fedra_edge.protocol.layers import TensorKey
@@ -19,7 +22,14 @@ from fedra_server.screening import HOLDERS_FOR_COSINES, Measure
 from fedra_server.server_optimizers import Float64Array
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import RevisionRecord
-from fedra_server.summing import WeightedDelta, sum_deltas
+from fedra_server.summing import (
+    Span,
+    WeightedDelta,
+    places_of,
+    read_span,
+    spans_of,
+    sum_deltas,
+)
 
 Holdings = Mapping[AssignmentId, tuple[ClientId, frozenset[str]]]
 """Who made each delta, and which of its pieces are measured."""
@@ -135,13 +145,24 @@ class _Group:
 
     def _values(self, wanted: AbstractSet[str]) -> Iterator[tuple[AssignmentId, str, Float64Array]]:
         """Read the deltas one after the other, and give those pieces of each."""
+        places = list(places_of(self._sizes))
         for assignment_id, (_, pieces) in self._held.items():
             weights = {piece: 1.0 for piece in pieces if piece in wanted}
             if weights:
-                delta = WeightedDelta(self._delta_file(assignment_id), weights)
-                values = sum_deltas(self._sizes, [delta])
-                for piece in weights:
-                    yield assignment_id, piece, values[self._spans[piece]]
+                with FileIO(self._delta_file(assignment_id)) as file:
+                    spans = spans_of(file, places, weights)
+                    for piece in weights:
+                        yield assignment_id, piece, _read(file, spans, self._spans[piece])
+
+
+def _read(file: FileIO, spans: Iterable[Span], place: slice) -> Float64Array:
+    """Read the values of one place of the sum."""
+    values = np.empty(place.stop - place.start, dtype="<f4")
+    for span in spans:
+        first, last = max(place.start, span.start), min(place.stop, span.stop)
+        if first < last:
+            read_span(file, span, first, values[first - place.start : last - place.start])
+    return values.astype(np.float64)
 
 
 def _piece_spans(sizes: Mapping[str, int]) -> Iterator[tuple[str, slice]]:

@@ -6,6 +6,7 @@ Memory is bounded by the pieces at hand, whatever the number and size of the del
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -123,9 +124,14 @@ def piece_groups(
 
 def _sizes(blob: BlobRef, piece: str, blobs: BlobStore) -> dict[str, int]:
     """Give how many values each tensor of a piece has, in the order of their names."""
-    infos: dict[str, TensorInfo] = read_header(blobs.path(blob.sha256))
+    return _sizes_in(blobs.path(blob.sha256), piece)
+
+
+@lru_cache(maxsize=1024)
+def _sizes_in(path: Path, piece: str) -> dict[str, int]:
+    infos: dict[str, TensorInfo] = read_header(path)
     if any(TensorKey.parse(name).piece != piece for name in infos):
-        raise ValueError(f"blob {blob.sha256} does not hold {piece}")
+        raise ValueError(f"blob {path.name} does not hold {piece}")
     return {name: info.size_bytes // 4 for name, info in sorted(infos.items())}
 
 

@@ -19,6 +19,13 @@ def command(home: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "fedra_server", *arguments, "--home", str(home)]
 
 
+def join_string(home: Path, uses: int) -> str:
+    """Ask for what sites join with; at headquarters an operator does that."""
+    create = command(home, "token", "create", "--uses", str(uses))
+    done = subprocess.run(create, check=True, stdout=subprocess.PIPE, encoding="utf-8")
+    return done.stdout.strip()
+
+
 def prepare(home: Path, model: Path, participants: int) -> None:
     """Make a server home with one model and one run that is started."""
     size = ("--rounds", str(ROUNDS), "--min-participants", str(participants), "--batch-size", "16")
@@ -39,11 +46,14 @@ def main(model: str, sites: str, place: str) -> None:
     serve = command(home, "serve", "--port", "0")
     with subprocess.Popen(serve, stdout=subprocess.PIPE, encoding="utf-8") as server:
         try:
-            told = server.stdout.readline() if server.stdout else ""
-            url = told.split()[-1]  # "fedra-server listening on URL"
+            if server.stdout:
+                server.stdout.readline()  # "fedra-server listening on ADDRESS"
+            joining = join_string(home, len(folders))
             for data in folders:
                 own = Path(place) / "clients" / data.name
-                clients.append(join(url, data=data, name=data.name, run=RUN, home=own, threads=1))
+                clients.append(
+                    join(joining, data=data, name=data.name, run=RUN, home=own, threads=1)
+                )
             for client in clients:
                 client.wait()
         finally:

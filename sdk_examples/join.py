@@ -1,4 +1,7 @@
-"""Take part in federated tuning with a folder of images: ``python join.py SERVER DATA``."""
+"""Take part in federated tuning with a folder of images: ``python join.py SERVER DATA``.
+
+SERVER is the join string that headquarters gives out; later on its address is enough.
+"""
 
 import sys
 

@@ -18,10 +18,10 @@ _GROWTH_BYTES: Final[Mapping[Backend, int]] = {"torch": 6 * 10**6, "onnx": 3 * 1
 _MARGIN: Final[Mapping[Backend, float]] = {"torch": 1.02, "onnx": 1.01}
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
-_HEAP_GAPS: Final[Mapping[Residency, float]] = {"resident": 1.1, "streamed": 1.45}
-"""What PyTorch's heap holds for each byte that lives in it (``training/allocator.py``).
+_HEAP_GAPS: Final[Mapping[Residency, float]] = {"resident": 0.1, "streamed": 0.4}
+"""What PyTorch's heap may hold unused for each byte that lives in it (``training/allocator.py``).
 
-A streamed slice has the larger share of gaps, because every block leaves its own behind.
+A streamed slice has the larger share of gaps, because blocks forward and back differ.
 """
 
 _STREAMED_MICRO_BATCH: Final = 8
@@ -82,27 +82,41 @@ class Footprint:
         Sum of the idle process, the weights in memory, the adapters with what training adds to
         them, the activations kept between layers or by autograd, and one block's working memory.
         """
-        spec, memory, shape = self.spec, self.memory, self.shape
-        is_streamed = plan.residency == "streamed" or self.backend == "onnx"
-        weights = self._passing_bytes()
-        if self.backend == "torch":
-            weights = _resident_bytes(spec, 1 if is_streamed else shape.held)
+        return self._bytes(plan, 1.0)
+
+    def settled_bytes(self, plan: MemoryPlan) -> int:
+        """Give what the process may occupy between two micro-batches without endangering that.
+
+        One that occupies more gives back what lies unused in its heap. The next micro-batch
+        leaves gaps of its own, for which half of those predicted are set aside.
+        """
+        return self._bytes(plan, 0.5)
+
+    def _bytes(self, plan: MemoryPlan, gaps_share: float) -> int:
+        spec, shape = self.spec, self.shape
+        idle = self.memory.idle_bytes + _GROWTH_BYTES[self.backend] + self._adapter_bytes()
         boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
-        walking = plan.walk_batch * boundary
-        extra = self._extra_kept_bytes(boundary)
-        working = memory.fixed_bytes + plan.micro_batch * (memory.working_bytes + extra)
-        if is_streamed:
-            walking += plan.walk_batch * shape.backward * boundary
+        if self.backend == "onnx":
+            weights, gaps = self._passing_bytes(), 0.0
         else:
+            blocks = 1 if plan.residency == "streamed" else shape.held
+            weights, gaps = _resident_bytes(spec, blocks), _HEAP_GAPS[plan.residency]
+        walking = plan.walk_batch * boundary
+        if plan.residency == "streamed" or self.backend == "onnx":
+            walking += plan.walk_batch * shape.backward * boundary
+        working = int((1 + gaps * gaps_share) * self._working_bytes(plan, boundary))
+        return int(_MARGIN[self.backend] * (idle + weights + walking + working))
+
+    def _working_bytes(self, plan: MemoryPlan, boundary: int) -> int:
+        """Give what is alive at once of a micro-batch: in one block, or in all that are kept."""
+        memory, shape = self.memory, self.shape
+        extra = self._extra_kept_bytes(boundary)
+        each = memory.working_bytes + extra
+        if plan.residency == "resident" and self.backend == "torch":
             frozen = shape.backward - shape.trained
-            kept = (shape.trained - 1) * (memory.kept_bytes + extra)
-            kept += frozen * memory.kept_frozen_bytes + shape.backward * boundary
-            working += plan.micro_batch * kept
-        if self.backend == "torch":
-            working = int(_HEAP_GAPS[plan.residency] * working)
-        idle = memory.idle_bytes + _GROWTH_BYTES[self.backend]
-        parts = idle + weights + walking + working + self._adapter_bytes()
-        return int(_MARGIN[self.backend] * parts)
+            each += (shape.trained - 1) * (memory.kept_bytes + extra)
+            each += frozen * memory.kept_frozen_bytes + shape.backward * boundary
+        return memory.fixed_bytes + plan.micro_batch * each
 
     def _passing_bytes(self) -> int:
         """Give what the head and one other piece take, which is all that ONNX Runtime holds.

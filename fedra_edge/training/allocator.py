@@ -8,9 +8,12 @@ import os
 import sys
 from typing import Any, Final
 
+from fedra_edge.memory_meter import resident_bytes
+
 if sys.platform != "win32":
     import resource
 
+_M_MXFAST: Final = 1
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
@@ -49,7 +52,7 @@ def keep_freed_memory() -> None:
     kept where address space is limited, because a heap seldom gives that back.
     """
     if not _is_address_space_limited():
-        _set((_M_MMAP_THRESHOLD, _LARGEST_HEAP_BYTES), (_M_TRIM_THRESHOLD, _NEVER), (1, 0))
+        _set((_M_MMAP_THRESHOLD, _LARGEST_HEAP_BYTES), (_M_TRIM_THRESHOLD, _NEVER))
 
 
 def set_small_objects_apart() -> None:
@@ -73,20 +76,10 @@ def set_small_objects_apart() -> None:
         free(room)
 
 
-def empty_cache() -> None:
-    malloc, free = _of_c_library("malloc"), _of_c_library("free")
-    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    free.argtypes = [ctypes.c_void_p]
-    for size in range(24, 280, 16):
-        rooms = [malloc(size) for _ in range(14)]
-        for room in reversed(rooms):
-            free(room)
-
-
 def own_mapping(size_bytes: int) -> mmap.mmap:
-    """Give zeroed memory outside the heap, which goes back to the system once nobody refers to it.
+    """Give zeroed memory outside the heap, which goes back once nobody refers to it.
 
-    What outlives its neighbours belongs there: in the heap it would leave a gap below itself.
+    In the heap, what outlives its neighbours leaves gaps that serve nothing of their size.
     """
     if sys.platform == "win32":
         return mmap.mmap(-1, size_bytes)
@@ -107,6 +100,12 @@ def trim_heap() -> None:
     malloc_trim = _of_c_library("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def trim_heap_beyond(most_bytes: float) -> None:
+    """Give back what lies unused in the heap when the process occupies more than it may."""
+    if resident_bytes() > most_bytes:
+        trim_heap()
 
 
 def _is_address_space_limited() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -12,7 +13,7 @@ from fedra_edge.protocol.devices import Backend
 from fedra_edge.protocol.footprint import MemoryPlan
 from fedra_edge.protocol.models import TokenInput
 from fedra_edge.protocol.tensors import FloatArray
-from fedra_edge.training.allocator import keep_freed_memory, trim_heap
+from fedra_edge.training.allocator import keep_freed_memory, trim_heap, trim_heap_beyond
 from fedra_edge.training.engine import AnyArray, LabelIds
 from fedra_edge.training.torch_optimizers import build_optimizer
 from fedra_edge.training.torch_slice import (
@@ -29,9 +30,21 @@ _VALUE: Final = "value"
 
 
 class TorchEngine:
-    """Implements ``TrainingEngine``."""
+    """Implements ``TrainingEngine``.
 
-    def __init__(self, work: SliceWork, device: torch.device) -> None:
+    Args:
+        work: What to train.
+        device: Where it is computed.
+        settled_bytes: Gives what the process may occupy when a micro-batch is through.
+    """
+
+    def __init__(
+        self,
+        work: SliceWork,
+        device: torch.device,
+        settled_bytes: Callable[[], float] = lambda: math.inf,
+    ) -> None:
+        self._settled_bytes = settled_bytes
         self._work = work
         self._device = device
         self._parameters = trained_parameters(work, device)
@@ -52,7 +65,7 @@ class TorchEngine:
         """Make the slice ready as planned, once what was loaded is gone."""
         self._loaded = None
         trim_heap()
-        self._loaded = load_slice(self._work, plan, self._parameters, self._device)
+        self._loaded = self._load_slice(plan)
 
     def enter(self, inputs: Iterable[InputArray]) -> list[Entering]:
         """Bring micro-batches to the lowest trained layer."""
@@ -72,6 +85,9 @@ class TorchEngine:
     ) -> float:
         """Add the gradient of the mean loss to the parameters."""
         label_ids = [torch.from_numpy(part) for part in labels]
+        for parameter in self._parameters.values():
+            if parameter.grad is None:  # in a block's midst it would leave a gap
+                parameter.grad = torch.zeros_like(parameter)
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -111,25 +127,16 @@ class TorchEngine:
                 kept = tensor.to(self._device) if tensor.is_floating_point() else tensor
                 self._optimizer.state.setdefault(parameter, {})[part] = kept
 
+    def _load_slice(self, plan: MemoryPlan) -> TrainableSlice:
+        keep_freed_memory()
+        slice_type = ResidentSlice if plan.residency == "resident" else StreamedSlice
+        return slice_type(self._work, self._parameters, self._device, self._settle)
+
+    def _settle(self) -> None:
+        trim_heap_beyond(self._settled_bytes())
+
     @property
     def _slice(self) -> TrainableSlice:
         if self._loaded is None:
             raise RuntimeError("no slice has been loaded")
         return self._loaded
-
-
-def load_slice(
-    work: SliceWork,
-    plan: MemoryPlan,
-    parameters: dict[str, nn.Parameter],
-    device: torch.device,
-) -> TrainableSlice:
-    """Make a slice ready to train, in memory or streamed from its files.
-
-    Raises:
-        SliceError: The pieces do not fit the model.
-    """
-    keep_freed_memory()
-    if plan.residency == "resident":
-        return ResidentSlice(work, parameters, device)
-    return StreamedSlice(work, parameters, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from fedra_edge.training.torch_blocks import (
     find_context,
     read_piece,
 )
+from fedra_edge.training.torch_keeping import kept_apart
 from fedra_edge.training.torch_pieces import Context
 from fedra_edge.training.trainer import SliceWork
 
@@ -82,14 +83,20 @@ class ResidentSlice:
         work: The slice's files and adapters.
         trained: The parameters that gradients go to, as ``trained_parameters`` makes them.
         device: Where everything lives.
+        settle: Called when a micro-batch is through.
 
     Raises:
         SliceError: A piece does not fit the model.
     """
 
     def __init__(
-        self, work: SliceWork, trained: Mapping[str, nn.Parameter], device: torch.device
+        self,
+        work: SliceWork,
+        trained: Mapping[str, nn.Parameter],
+        device: torch.device,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        self._settle = settle
         spec, manifest = work.spec, work.manifest
         self._spec = spec
         self._device = device
@@ -113,7 +120,9 @@ class ResidentSlice:
             hidden: Tensor = self.stem(on_device)
             for block in self.layers[: self._first_trained]:
                 hidden = block(hidden, *context)
-            entering.append(Entering(hidden, context))
+            entering.append(Entering(kept_apart(hidden), context))
+            del hidden, batch, on_device
+            self._settle()
         return entering
 
     def leave(self, entering: Entering) -> Tensor:
@@ -134,4 +143,6 @@ class ResidentSlice:
             loss = F.cross_entropy(self.leave(batch), targets, reduction="sum") / num_examples
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
             total += loss.item()
+            del loss
+            self._settle()
         return total

@@ -62,7 +62,8 @@ class TorchTrainer(WalkingTrainer[Entering]):
             MemoryShortError: Not even the smallest plan fits the memory there is.
         """
         try:
-            return train_slice(TorchEngine(work, self._device), work, data, surroundings)
+            engine = TorchEngine(work, self._device, surroundings.guard.settled_bytes)
+            return train_slice(engine, work, data, surroundings)
         finally:
             return_freed_memory()
 

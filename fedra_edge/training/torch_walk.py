@@ -11,7 +11,7 @@ Micro-batches go layer by layer, all of them through one block before the next i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fedra_edge.protocol.ids import LayerId
 from fedra_edge.protocol.layers import HEAD, STEM, layer_piece
-from fedra_edge.training.allocator import empty_cache, trim_heap
+from fedra_edge.training.allocator import trim_heap
 from fedra_edge.training.torch_blocks import (
     build_block,
     build_head,
@@ -47,14 +47,20 @@ class StreamedSlice:
         work: The slice's files and adapters.
         trained: The parameters that gradients go to, as ``trained_parameters`` makes them.
         device: Where it is computed.
+        settle: Called when a micro-batch is through a block.
 
     Raises:
         SliceError: A piece does not fit the model.
     """
 
     def __init__(
-        self, work: SliceWork, trained: Mapping[str, nn.Parameter], device: torch.device
+        self,
+        work: SliceWork,
+        trained: Mapping[str, nn.Parameter],
+        device: torch.device,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        self._settle = settle
         self._work = work
         self._trained = trained
         self._device = device
@@ -89,6 +95,7 @@ class StreamedSlice:
         """Add the gradient of the mean loss, all micro-batches layer by layer."""
         contexts = [batch.context for batch in entering]
         kept = self._forward([batch.hidden for batch in entering], contexts)
+        trim_heap()
         loss, gradients = self._turn(kept.pop(), contexts, labels, num_examples)
         self._backward(kept, contexts, gradients)
         restore(self._block, self._unfilled)
@@ -124,6 +131,7 @@ class StreamedSlice:
             total += loss.item()
             if hidden.grad is not None:
                 gradients.append(kept_apart(hidden.grad))
+            self._settle()
         return total, gradients
 
     def _backward(
@@ -142,6 +150,8 @@ class StreamedSlice:
                 pull((residual, inside), (gradient, pulled))
                 if hidden.grad is not None:
                     gradient.copy_(hidden.grad)
+                del residual, inside, pulled, hidden
+                self._settle()
 
     def _pass(
         self,
@@ -154,12 +164,11 @@ class StreamedSlice:
         self._load(layer_id, following)
         for index, context in enumerate(contexts):
             hidden[index] = kept_apart(self._block(hidden[index], *context))
+            self._settle()
 
     def _load(self, layer_id: LayerId, following: LayerId | None) -> None:
         """Put a layer's weights, still in their file, into the block in place of the last ones."""
         following_piece = None if following is None else layer_piece(following)
         restore(self._block, self._unfilled)
-        empty_cache()
         weights = self._pieces.read(layer_piece(layer_id), following_piece)
         fill_block(self._block, weights, self._work.adapters, layer_id, self._trained)
-        empty_cache()

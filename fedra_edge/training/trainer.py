@@ -73,6 +73,10 @@ class MemoryGuard(Protocol):
         """
         ...
 
+    def settled_bytes(self) -> float:
+        """Give what the process may occupy between two micro-batches as planned now."""
+        ...
+
 
 @dataclass(frozen=True)
 class Surroundings:

@@ -84,7 +84,7 @@ def init(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a server home: directories, settings, database, authority and certificate.
+    """Make a server home, its settings and its certificates.
 
     Safe to repeat: what is there stays.
     """

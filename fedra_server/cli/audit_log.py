@@ -32,13 +32,16 @@ def show_journal(
 ) -> None:
     """Show who joined and what was planned, received, merged and exported.
 
-    The chain of digests is verified from its first entry. Keep elsewhere what --head prints: with
+    The chain of digests is verified from its first entry, and what it tells of plans, deltas and
+    revisions is held against the records. Keep elsewhere what --head prints: with
     --expect it proves later that nothing was rewritten or cut off. Ends with code 7, and names the
     first broken entry, when anything was.
     """
     expected = None if expect is None else _head_of(expect)
     with open_workplace(home) as place, place.store.reading():
         outcome = place.store.verify_journal(expected)
+        if isinstance(outcome, Head) and not head:
+            outcome = place.store.first_contradiction() or outcome
         intact = outcome.sequence if isinstance(outcome, Head) else outcome.sequence - 1
         wanted = 0 if head else max(0, intact - since + 1)
         entries = place.store.journal(since, wanted)

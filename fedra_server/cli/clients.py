@@ -71,9 +71,9 @@ def remove(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """End a membership at once: key and sessions of this client stop working, of no other.
+    """End a membership at once.
 
-    What it delivered stays. It comes back only as a new client, with a new join string.
+    Its key and its sessions stop working, no other client notices. What it delivered stays. It comes back only as a new client, with a new join string.
     """
     with open_workplace(home) as place:
         member = find_member(place.store, client)

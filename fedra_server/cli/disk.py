@@ -24,7 +24,7 @@ from fedra_server.storage.quotas import DiskQuota, measure_use
 
 
 def show_disk(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Show what the home takes, its limit, and what is free or lacking."""
+    """Show what the home takes, its limit, and what is free."""
     place = initialised_home(home)
     limit_bytes = ServerConfig.load(place).max_disk_bytes
     with disk_errors(f"looking at {home}"):

@@ -7,13 +7,12 @@ from typing import Annotated, Final
 from urllib.parse import urlsplit
 
 import typer
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from fedra_edge.protocol.messages import SiteName
 from fedra_server.addressing import is_loopback
 from fedra_server.authority import AuthorityFiles, certificate_names
 from fedra_server.chain import COMMAND
-from fedra_server.cli.names import find_member
+from fedra_server.cli.names import find_member, usage_error
 from fedra_server.cli.output import format_time, tell_json, tell_table
 from fedra_server.cli.workplace import (
     DEFAULT_HOME,
@@ -23,12 +22,10 @@ from fedra_server.cli.workplace import (
     example,
     open_workplace,
 )
-from fedra_server.config import ServerConfig
 from fedra_server.durations import parse_duration
 from fedra_server.inviting import TokenWish, invite, summarize_token
 
 _MOST_USES: Final = 100_000
-_LABEL: Final[TypeAdapter[str]] = TypeAdapter(SiteName)
 
 app = typer.Typer(
     help="Make, list and revoke the join strings by which sites get in.",
@@ -62,21 +59,20 @@ def create(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Print one join string, which is all that a site needs: fedra-edge join --server STRING.
+    """Print one join string.
 
-    It is told this once; the server keeps a digest of it.
+    It is all that a site needs: fedra-edge join --server STRING. It is told this once; the server
+    keeps a digest of it.
     """
-    if client is not None and uses != 1:
-        raise typer.BadParameter("a join string for one client has one use")
-    ttl_s = _seconds(ttl)
-    _check_label(label)
-    _check_address(address)
-    now = time.time()
+    ttl_s, now = _seconds(ttl), time.time()
     with open_workplace(home) as place:
         client_id = None if client is None else find_member(place.store, client).client_id
-        wish = TokenWish(
-            uses=uses, ttl_s=ttl_s, label=label, client_id=client_id, address=address
-        )  # fmt: skip
+        try:
+            wish = TokenWish(
+                uses=uses, ttl_s=ttl_s, label=label, client_id=client_id, address=address
+            )
+        except ValidationError as error:
+            raise usage_error(error) from None
         made = invite(place.store, place.home, place.config, wish, by=COMMAND, now=now)
         reached_at = made.join_string.address
         _warn_of_names(place, reached_at)
@@ -89,7 +85,7 @@ def create(
 
 @app.command("list", epilog=example("token list --json"))
 def list_tokens(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """List the join strings that were made, by their ids; secrets are not known."""
+    """List the join strings by their ids; secrets are not known."""
     now = time.time()
     with open_workplace(home) as place:
         tokens = place.store.tokens()
@@ -120,7 +116,7 @@ def revoke(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Let nobody join with a join string any more; sites that have joined stay."""
+    """End a join string; sites that have joined stay."""
     now = time.time()
     with open_workplace(home) as place:
         token = place.store.revoke_token(token_id, now, COMMAND)
@@ -128,13 +124,6 @@ def revoke(
         tell_json(summarize_token(token, now))
     else:
         typer.echo(f"Revoked the join string {token_id}")
-
-
-def _check_address(address: str | None) -> None:
-    try:
-        ServerConfig.model_validate({"address": address})
-    except ValidationError:
-        raise typer.BadParameter("an address reads https://HOST:PORT or http://...") from None
 
 
 def _warn_of_names(place: Workplace, address: str) -> None:
@@ -156,16 +145,6 @@ def _warn_of_names(place: Workplace, address: str) -> None:
             "and start the server again, unless a reverse proxy answers there.",
             err=True,
         )
-
-
-def _check_label(label: str) -> None:
-    if not label:
-        return
-    try:
-        _LABEL.validate_python(label)
-    except ValidationError:
-        rule = "letters, digits, spaces, '.', '_' and '-', at most 64"
-        raise typer.BadParameter(f"{label[:80]!r} is no label; use {rule}") from None
 
 
 def _seconds(text: str) -> float:

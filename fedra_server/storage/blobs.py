@@ -109,13 +109,14 @@ class BlobStore:
         Raises:
             NotFoundError: There is no such blob.
         """
-        if not self.has(sha256):
+        place = self._found(sha256)
+        if place is None:
             raise NotFoundError(f"there is no blob {sha256[:64]!r}")
-        return self._place(sha256)
+        return place
 
     def has(self, sha256: str) -> bool:
         """Tell whether a blob is here; text that is no digest is never here."""
-        return bool(DIGEST.fullmatch(sha256)) and self._place(sha256).is_file()
+        return self._found(sha256) is not None
 
     def stored(self) -> Iterator[StoredBlob]:
         """Look at every blob, in no order."""
@@ -167,6 +168,12 @@ class BlobStore:
             for folder in folders:
                 folder.mkdir(exist_ok=True)
             sync_directory(self._directory)
+
+    def _found(self, sha256: str) -> Path | None:
+        if not DIGEST.fullmatch(sha256):
+            return None
+        place = self._place(sha256)
+        return place if place.is_file() else None
 
     def _place(self, sha256: str) -> Path:
         return self._directory / sha256[:2] / sha256

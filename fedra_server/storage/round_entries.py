@@ -17,19 +17,19 @@ from fedra_server.storage.records import (
     RevisionRecord,
     RoundRecord,
 )
+from fedra_server.storage.rows import AnyRow
 from fedra_server.storage.runs import manifest_sha256
 
 
-def plan_sha256(assignments: Iterable[AssignmentRecord]) -> str:
-    """Digest the work that was handed out at one moment, in whatever order it is given."""
-    plan: list[JsonValue] = [
-        [it.assignment_id, it.client_id, it.round_number, it.manifest.model_dump_json(), it.chance]
-        for it in sorted(assignments, key=lambda it: it.assignment_id)
-    ]
-    return sha256_of(canonical(plan))
+def plan_sha256(work: Iterable[tuple[str, str, str, float]]) -> str:
+    """Digest the work that was handed out at one moment, in whatever order it is given.
+
+    Of each assignment: its id, its client, its manifest as it is stored, and its chance.
+    """
+    return sha256_of(canonical([list(it) for it in sorted(work)]))
 
 
-def merges_sha256(merges: Iterable[MergeRecord]) -> str:
+def merges_sha256(merges: Iterable[MergeRecord | AnyRow]) -> str:
     """Digest what a revision was merged of, in whatever order it is given."""
     rows: list[JsonValue] = [
         [it.assignment_id, it.piece, it.weight, it.staleness]
@@ -49,7 +49,10 @@ def tell_plan(
         "base_revision": current.base_revision,
         "assignments": len(assignments),
         "issued_at": assignments[0].issued_at,
-        "plan_sha256": plan_sha256(assignments),
+        "plan_sha256": plan_sha256(
+            (it.assignment_id, it.client_id, it.manifest.model_dump_json(), it.chance)
+            for it in assignments
+        ),
     }
     write_entry(connection, Event.ROUND_PLANNED, current.run, SERVER, details)
 
@@ -59,7 +62,7 @@ def tell_delta(
 ) -> None:
     """Tell what was received, and what became of it; nothing where work only ended."""
     told: list[Happening] = []
-    verdict: dict[str, JsonValue] = {}
+    verdict: dict[str, JsonValue] = {"run": after.run}
     if delta is not None:
         verdict["sha256"] = delta.sha256
         received: dict[str, JsonValue] = {

@@ -63,6 +63,23 @@ _ASSIGNMENTS_OF = (
 _OPEN_ROUND = select(tables.rounds).where(
     _ROUNDS.run == bindparam("run_name"), _ROUNDS.published_at.is_(None)
 )
+_ROUND = select(tables.rounds).where(
+    _ROUNDS.run == bindparam("run_name"), _ROUNDS.number == bindparam("wanted_number")
+)
+_CLOSE_ROUND = (
+    update(tables.rounds)
+    .where(_ROUNDS.run == bindparam("run_name"), _ROUNDS.number == bindparam("wanted_number"))
+    .values(published_at=bindparam("now"))
+)
+_LOCK_RUN = (
+    select(tables.runs.c.run).where(tables.runs.c.run == bindparam("run_name")).with_for_update()
+)
+_IS_LEFT = select(
+    exists().where(
+        _ASSIGNMENTS.run == bindparam("run_name"),
+        _ASSIGNMENTS.state == AssignmentState.ADMITTED.value,
+    )
+)
 _ONLY_PENDING = frozenset({AssignmentState.PENDING})
 _ROWS_AT_ONCE = 500
 _NOT_AWAITED = "the round did not wait any longer"
@@ -103,7 +120,7 @@ class RoundRecords(Database):
             _lock_run(connection, record.run)
             if _current_round(connection, record.run) is not None:
                 raise ConflictError(f"run {record.run!r} has an open round already")
-            connection.execute(insert(tables.rounds).values(round_values(record)))
+            connection.execute(insert(tables.rounds), round_values(record))
             _insert_assignments(connection, assignments)
             tell_plan(connection, record, assignments)
 
@@ -235,16 +252,13 @@ class RoundRecords(Database):
         with self.writing() as connection:
             _lock_run(connection, run)
             _open_round(connection, run, round_number)
-            connection.execute(
-                insert(tables.revisions).values(revision_values(publication.revision))
-            )
+            connection.execute(insert(tables.revisions), revision_values(publication.revision))
             for start in range(0, len(publication.merges), _ROWS_AT_ONCE):
                 some = publication.merges[start : start + _ROWS_AT_ONCE]
                 connection.execute(insert(tables.merges), [merge_values(it) for it in some])
             _set_state(connection, publication.merged, admitted, AssignmentState.MERGED)
             write_screening(connection, publication.screening, now)
-            left = select(exists().where(_ASSIGNMENTS.run == run, admitted))
-            if publication.leaves_none and connection.scalar(left):
+            if publication.leaves_none and connection.scalar(_IS_LEFT, {"run_name": run}):
                 raise ConflictError(f"round {round_number} admitted other deltas than were merged")
             _expire(connection, publication.expired, now)
             _close_round(connection, run, round_number, now)
@@ -281,14 +295,13 @@ def _current_round(connection: Connection, run: str) -> RoundRecord | None:
 
 def _lock_run(connection: Connection, run: str) -> None:
     """Lock a run's row to the end of the transaction; SQLite's writer holds the whole file."""
-    query = select(tables.runs.c.run).where(tables.runs.c.run == run)
-    if connection.execute(query.with_for_update()).one_or_none() is None:
+    if connection.execute(_LOCK_RUN, {"run_name": run}).one_or_none() is None:
         raise NotFoundError(f"there is no run {run!r}")
 
 
 def _open_round(connection: Connection, run: str, number: int) -> RoundRecord:
-    query = select(tables.rounds).where(_ROUNDS.run == run, _ROUNDS.number == number)
-    row = connection.execute(query).one_or_none()
+    wanted = {"run_name": run, "wanted_number": number}
+    row = connection.execute(_ROUND, wanted).one_or_none()
     if row is None:
         raise NotFoundError(f"run {run!r} has no round {number}")
     if row.published_at is not None:
@@ -331,8 +344,7 @@ def _set_state(
 
 
 def _close_round(connection: Connection, run: str, number: int, now: float) -> None:
-    change = update(tables.rounds).where(_ROUNDS.run == run, _ROUNDS.number == number)
-    connection.execute(change.values(published_at=now))
+    connection.execute(_CLOSE_ROUND, {"run_name": run, "wanted_number": number, "now": now})
 
 
 def _finish_run(connection: Connection, run: str) -> None:

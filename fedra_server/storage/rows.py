@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -32,6 +32,7 @@ from fedra_server.storage.records import (
 
 Values = dict[str, object]
 AnyRow = Row[Any]
+_SCREENING_COLUMNS = tuple(column.name for column in fields(ScreeningRecord))
 _NUMBERS = TypeAdapter(tuple[int, ...])
 _BLOBS = TypeAdapter(tuple[BlobRef | None, ...])
 
@@ -167,7 +168,7 @@ def merge_record(row: AnyRow) -> MergeRecord:
 
 def screening_values(record: ScreeningRecord) -> Values:
     """Give the columns of a screening."""
-    return asdict(record)
+    return {name: getattr(record, name) for name in _SCREENING_COLUMNS}
 
 
 def screening_record(row: AnyRow) -> ScreeningRecord:

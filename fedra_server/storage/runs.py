@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from fedra_edge.protocol.slices import RevisionManifest
-from fedra_server.chain import COMMAND, Event, canonical, sha256_of
+from fedra_server.chain import COMMAND, Event, sha256_of
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.runs import RunState
 from fedra_server.storage import tables
@@ -114,7 +114,7 @@ class RunRecords(Database):
 
 def manifest_sha256(manifest: RevisionManifest) -> str:
     """Digest what a revision consists of: its blobs, named by their own digests."""
-    return sha256_of(canonical(manifest.model_dump(mode="json")))
+    return sha256_of(manifest.model_dump_json())
 
 
 def _event_of(before: RunState, after: RunState) -> Event:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from sqlalchemy import Connection, Select, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, delete, func, insert, select, update
 
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_server.chain import COMMAND, SERVER, Event
@@ -31,6 +31,18 @@ _ASSIGNMENTS = tables.assignments.c
 _SCREENINGS = tables.screenings.c
 _HELD = and_(_SCREENINGS.verdict == Verdict.QUARANTINED.value, _SCREENINGS.outcome.is_(None))
 _ROWS_AT_ONCE: Final = 500
+_FORGET = delete(tables.screenings).where(
+    _SCREENINGS.assignment_id == bindparam("judged"), _SCREENINGS.piece == bindparam("judged_piece")
+)
+_OF_ADMITTED = (
+    select(tables.screenings)
+    .join(tables.assignments, _ASSIGNMENTS.assignment_id == _SCREENINGS.assignment_id)
+    .where(
+        _ASSIGNMENTS.run == bindparam("wanted_run"),
+        _ASSIGNMENTS.state == AssignmentState.ADMITTED.value,
+    )
+    .execution_options(yield_per=_ROWS_AT_ONCE)
+)
 _OPEN: Final = frozenset({RunState.RUNNING, RunState.PAUSED})
 _LIST: Final = "See `fedra-server quarantine list`."
 
@@ -128,12 +140,7 @@ class ScreeningRecords(Database):
 
 def find_screenings_of_admitted(connection: Connection, run: str) -> dict[Key, ScreeningRecord]:
     """Read inside a transaction what was judged of deltas that wait to be merged."""
-    query = (
-        select(tables.screenings)
-        .join(tables.assignments, _ASSIGNMENTS.assignment_id == _SCREENINGS.assignment_id)
-        .where(_ASSIGNMENTS.run == run, _ASSIGNMENTS.state == AssignmentState.ADMITTED.value)
-    )
-    rows = connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
+    rows = connection.execute(_OF_ADMITTED, {"wanted_run": run})
     found = (screening_record(row) for row in rows)
     return {(it.assignment_id, it.piece): it for it in found}
 
@@ -145,15 +152,10 @@ def find_screenings(connection: Connection, run: str) -> list[ScreeningRecord]:
 
 def write_screening(connection: Connection, screening: Screening, now: float) -> None:
     """Write what was judged, in place of what was known of the same pieces."""
-    for record in screening.records:
-        connection.execute(
-            delete(tables.screenings).where(
-                _SCREENINGS.assignment_id == record.assignment_id,
-                _SCREENINGS.piece == record.piece,
-            )
-        )
     for start in range(0, len(screening.records), _ROWS_AT_ONCE):
         some = screening.records[start : start + _ROWS_AT_ONCE]
+        keys = [{"judged": it.assignment_id, "judged_piece": it.piece} for it in some]
+        connection.execute(_FORGET, keys)
         connection.execute(insert(tables.screenings), [screening_values(it) for it in some])
     for assignment_id, detail in screening.quarantined.items():
         _end(connection, assignment_id, AssignmentState.QUARANTINED, detail, now)

@@ -8,8 +8,8 @@ from fedra_server.config import ServerHome
 from fedra_server.storage.clients import ClientRecords
 from fedra_server.storage.durability import disk_errors, make_directory, sync_directory
 from fedra_server.storage.evaluations import EvaluationRecords
+from fedra_server.storage.evidence import Evidence
 from fedra_server.storage.histories import RunHistories
-from fedra_server.storage.journal import Journal
 from fedra_server.storage.migrating import migrate
 from fedra_server.storage.models import ModelRecords
 from fedra_server.storage.operators import OperatorRecords
@@ -37,7 +37,7 @@ class Store(
     RunHistories,
     Trails,
     Retention,
-    Journal,
+    Evidence,
     OperatorRecords,
     Tallies,
 ):

@@ -109,10 +109,11 @@ def run_cohort(
     started = time.monotonic()
     with Programs(place.logs) as programs:
         programs.start("server", SERVER, "serve", "--home", place.server_home, "--port", 0)
-        url = _server_url(place, programs)
+        _wait_for_server(place, programs)
+        joining = _join_string(place, len(sites))
         logs = {}
         for site, budget in zip(sites, BUDGETS, strict=True):
-            arguments = _join_arguments(place, site, url, budget, idle_bytes)
+            arguments = _join_arguments(place, site, joining, budget, idle_bytes)
             logs[site.name] = programs.start(site.name, EDGE, *arguments)
         followed = ClientLogs(logs, {site.name: site.test_examples for site in sites})
         plans = _follow(place, programs, followed, watch)
@@ -124,9 +125,14 @@ def run_cohort(
 
 
 def prepare_server(place: Workplace, model: Path, rounds: int, participants: int) -> None:
-    """Make the server's home, register the model and create the run."""
+    """Make the server's home, register the model and create the run.
+
+    The server speaks TLS, which one that listens on this machine only would not do by itself.
+    """
     home = ("--home", place.server_home)
     run_command(SERVER, "init", *home)
+    with (place.server_home / "server.toml").open("a", encoding="utf-8") as settings:
+        settings.write('tls = "on"\n')
     run_command(SERVER, "model", "add", MODEL, model, *home)
     size = ("--rounds", rounds, "--min-participants", participants)
     run_command(SERVER, "run", "create", RUN, "--model", MODEL, *size, *_TRAINING, "--start", *home)
@@ -147,11 +153,11 @@ def _idle_bytes(place: Workplace) -> int:
 
 
 def _join_arguments(
-    place: Workplace, site: Site, url: str, budget: Budget, idle_bytes: int
+    place: Workplace, site: Site, joining: str, budget: Budget, idle_bytes: int
 ) -> tuple[object, ...]:
     home = place.client_home(site.name)
     arguments: tuple[object, ...] = (
-        *("join", "--server", url, "--run", RUN, "--data", site.directory, "--name", site.name),
+        *("join", "--server", joining, "--run", RUN, "--data", site.directory, "--name", site.name),
         *("--home", home, "--max-layers", budget.max_layers, "--threads", 1, "--json"),
         *("--backend", budget.backend),
     )
@@ -160,7 +166,13 @@ def _join_arguments(
     return (*arguments, "--memory", idle_bytes + budget.spare_bytes)
 
 
-def _server_url(place: Workplace, programs: Programs) -> str:
+def _join_string(place: Workplace, uses: int) -> str:
+    """Ask for what sites join with, as an operator does."""
+    home = ("--home", place.server_home)
+    return run_command(SERVER, "token", "create", "--uses", uses, *home).strip()
+
+
+def _wait_for_server(place: Workplace, programs: Programs) -> None:
     """Wait until the server says where it listens."""
     file, pause = place.server_home / "server.json", threading.Event()
     end = time.monotonic() + _SERVER_START_S
@@ -169,7 +181,6 @@ def _server_url(place: Workplace, programs: Programs) -> str:
         if time.monotonic() > end:
             raise DemoError(f"the server did not start:\n{read_text(place.logs / 'server.log')}")
         pause.wait(_LOOK_S)
-    return str(json.loads(read_text(file))["url"])
 
 
 def _follow(

@@ -92,13 +92,14 @@ def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
         "streamed" if way in {"streamed", "onnx"} else "resident",
         micro_batch,
     )
-    engine, trainer = _onnx_engine(work) if way == "onnx" else _torch_engine(work)
+    trainer = _onnx_trainer() if way == "onnx" else _torch_trainer()
     cost = trainer.calibrate(work.spec, lambda: 2**40, work.graphs)
     manifest = work.manifest
     plan, shape = MemoryPlan.of(manifest), SliceShape.of(manifest.layers)
     footprint = Footprint(
         work.spec, manifest.adapter, manifest.training, cost.memory, shape, trainer.backend
     )
+    engine = (_onnx_engine if way == "onnx" else _torch_engine)(work, footprint.settled_bytes(plan))
     engine.load(plan)
     size = (vit_base.BATCH_SIZE, 3, 224, 224)
     images = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
@@ -114,28 +115,37 @@ def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
     return step, footprint.peak_bytes(plan)
 
 
-def _torch_engine(work: SliceWork) -> tuple[TrainingEngine[Any], Trainer]:
+def _torch_trainer() -> Trainer:
     from fedra_edge.training.allocator import prefer_huge_pages
 
     prefer_huge_pages()
     import torch
 
-    from fedra_edge.training.torch_engine import TorchEngine
     from fedra_edge.training.torch_trainer import TorchTrainer
 
-    device = torch.device("cpu")
-    trainer = TorchTrainer(device)
-    return TorchEngine(work, device), trainer
+    return TorchTrainer(torch.device("cpu"))
 
 
-def _onnx_engine(work: SliceWork) -> tuple[TrainingEngine[Any], Trainer]:
+def _torch_engine(work: SliceWork, settled_bytes: int) -> TrainingEngine[Any]:
+    import torch
+
+    from fedra_edge.training.torch_engine import TorchEngine
+
+    return TorchEngine(work, torch.device("cpu"), lambda: settled_bytes)
+
+
+def _onnx_trainer() -> Trainer:
+    from fedra_edge.training.onnx_trainer import OnnxTrainer
+
+    return OnnxTrainer()
+
+
+def _onnx_engine(work: SliceWork, _settled_bytes: int) -> TrainingEngine[Any]:
     from fedra_edge.training.onnx_engine import OnnxEngine
     from fedra_edge.training.onnx_trainer import OnnxTrainer
 
-    trainer = OnnxTrainer()
-    return OnnxEngine(
-        work, trainer._opened(work.graphs, work.spec, work.manifest.adapter.targets)
-    ), trainer
+    graphs = OnnxTrainer()._opened(work.graphs, work.spec, work.manifest.adapter.targets)
+    return OnnxEngine(work, graphs)
 
 
 def _serve(way: str, micro_batch: int) -> None:

@@ -11,14 +11,13 @@ import pytest
 from fedra_edge.api import ServerApi
 from fedra_edge.cli import app
 from fedra_edge.config import load_config
+from fedra_edge.enrolling import Enrolment
 from fedra_edge.errors import ConfigurationError, ServerUnreachableError
-from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.link import Link
 from fedra_edge.metering import unwatched
-from fedra_edge.protocol.ids import ClientId
-from fedra_edge.protocol.messages import EnrolRequest
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.retrying import ONCE, Retrier
+from fedra_edge.sessions import GivenSession
 from fedra_edge.transport import Transport, open_http_client
 from tests.support.builders import make_profile
 from tests.support.headquarters import Headquarters
@@ -141,7 +140,7 @@ def test_a_blob_comes_whole_through_tunnel_and_tls(
     with hq.site("tunnelled") as site, web_proxy() as proxy:
         link = Link(proxy=proxy.url, ca_file=str(front.ca_file))
         transport = Transport(open_http_client(front.url, link), link)
-        transport.authenticate(site.credential)
+        transport.authenticate(GivenSession(site.credential))
         api = ServerApi(transport, Retrier(threading.Event()), ONCE)
         assert api.download_blob(ref, tmp_path / "part", unwatched) == ref.sha256
         transport.close()
@@ -152,16 +151,16 @@ def test_every_command_that_asks_the_server_knows_the_way(
     front: TlsFront, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = str(tmp_path / "home")
-    config = load_config({"server": front.url, "home": home, "ca_file": front.ca_file})
+    config = load_config(
+        {"server": front.url, "home": home, "name": "plant", "ca_file": front.ca_file}
+    )
     transport = Transport(open_http_client(front.url, config.link), config.link)
-    request = EnrolRequest(name="plant", profile=make_profile())
-    receipt = ServerApi(transport, Retrier(threading.Event()), ONCE).enrol(request)
+    api = ServerApi(transport, Retrier(threading.Event()), ONCE)
+    Enrolment(config, transport, api).enrol(make_profile())
     transport.close()
-    identity = Identity(ClientId(receipt.client_id), receipt.credential)
-    IdentityFile(config.membership, config.server).save(identity)
     with web_proxy() as proxy:
         way = ["--home", home, "--proxy", proxy.url, "--ca-file", str(front.ca_file)]
-        for command in (["profile", "--server", front.url], ["status"], ["leave"]):
+        for command in (["profile", "--server", front.url], ["status"], ["rotate-key"], ["leave"]):
             app([*command, *way, "--json"], standalone_mode=False)
             assert "plant" in capsys.readouterr().out or command != ["status"]
-        assert len(proxy.seen) == 3
+        assert len(proxy.seen) == 4

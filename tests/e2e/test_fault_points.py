@@ -18,6 +18,7 @@ from sqlalchemy import select
 
 from fedra_edge.protocol.fault_points import FAULT_POINTS, FAULT_VARIABLE
 from fedra_server.auditing import AuditReport, audit
+from fedra_server.chain import Head
 from fedra_server.publishing import trained_pieces
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage import migrating, tables
@@ -128,7 +129,10 @@ class Pair:
 
     def audited(self, run: str) -> AuditReport:
         """Compute every revision of a run again."""
-        return audit(self.federation.store, self.federation.blobs, self.federation.home, run=run)
+        store = self.federation.store
+        assert isinstance(store.verify_journal(), Head)
+        assert store.first_contradiction() is None
+        return audit(store, self.federation.blobs, self.federation.home, run=run)
 
 
 def merged_pieces(federation: Federation, run: str) -> list[tuple[str, str, int]]:

@@ -37,7 +37,10 @@ def wait_until(what: str, is_so: Callable[[], object], timeout_s: float = PATIEN
 
 
 def run_edge_command(
-    *arguments: str, settings: Mapping[str, str] | None = None, python: Path | None = None
+    *arguments: str,
+    settings: Mapping[str, str] | None = None,
+    python: Path | None = None,
+    variables: Mapping[str, str] = NONE,
 ) -> subprocess.CompletedProcess[str]:
     """Run any fedra-edge command to its end, with this interpreter or another one."""
     return subprocess.run(
@@ -45,7 +48,7 @@ def run_edge_command(
         check=False,
         capture_output=True,
         encoding="utf-8",
-        env=_environment(settings or {}),
+        env={**_environment(settings or {}), **variables},
         timeout=PATIENCE_S,
     )
 

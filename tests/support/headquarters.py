@@ -24,8 +24,10 @@ from fedra_edge.protocol.routes import Route
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
+from fedra_server.addressing import is_secured, url_of
 from fedra_server.clock import SystemClock
 from fedra_server.config import ServerConfig, ServerHome
+from fedra_server.http.securing import ServerTls
 from fedra_server.http.services import Services, free_disk_bytes
 from fedra_server.http.serving import GracefulServer, build_services, listen, port_of
 from fedra_server.publishing import initial_revision
@@ -259,13 +261,15 @@ def headquarters(
         services.coordinator.start()
         stack.callback(services.coordinator.stop)
         ready = threading.Event()
-        server = GracefulServer(services, on_ready=ready.set)
+        tls = ServerTls(home, config) if is_secured(config) else None
+        server = GracefulServer(services, ready.set, tls)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         stack.callback(thread.join)
         stack.callback(setattr, server, "should_exit", True)
         assert ready.wait(_TIMEOUT_S)
-        yield Headquarters(f"http://127.0.0.1:{port_of(listener)}", services, spec)
+        url = url_of("127.0.0.1", port_of(listener), is_secure=is_secured(config))
+        yield Headquarters(url, services, spec)
 
 
 def home_in(directory: Path) -> ServerHome:

@@ -31,9 +31,11 @@ class RawAnswer:
 class RawConnection:
     """One connection to a server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, source: str = "") -> None:
         place = httpx.URL(url)
-        self._socket = socket.create_connection((place.host, place.port or 80), _TIMEOUT_S)
+        self._socket = socket.create_connection(
+            (place.host, place.port or 80), _TIMEOUT_S, source_address=(source, 0)
+        )
         self._input = self._socket.makefile("rb")
 
     def send(self, data: bytes) -> None:
@@ -68,18 +70,18 @@ class RawConnection:
 
 
 @contextmanager
-def raw_connection(url: str) -> Iterator[RawConnection]:
-    """Have a connection for the length of a block."""
-    connection = RawConnection(url)
+def raw_connection(url: str, source: str = "") -> Iterator[RawConnection]:
+    """Have a connection for the length of a block, from any address of this machine."""
+    connection = RawConnection(url, source)
     try:
         yield connection
     finally:
         connection.close()
 
 
-def ask(url: str, data: bytes) -> RawAnswer:
+def ask(url: str, data: bytes, source: str = "") -> RawAnswer:
     """Send bytes over a connection of their own and read what is answered."""
-    with raw_connection(url) as connection:
+    with raw_connection(url, source) as connection:
         connection.send(data)
         return connection.answer()
 

@@ -13,16 +13,18 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from typing_extensions import override
 
+from fedra_edge import session
 from fedra_edge.client import EdgeClient
 from fedra_edge.config import EdgeConfig, load_config
 from fedra_edge.errors import DataError, NotAuthenticatedError, NotFoundError, SliceError
 from fedra_edge.outbox import Outbox
 from fedra_edge.progress import ClientProgress, Phase
 from fedra_edge.protocol.ids import AssignmentId, RunId
-from fedra_edge.protocol.messages import RejoinRequest
+from fedra_edge.protocol.messages import ClientStatus, RejoinRequest
 from fedra_edge.protocol.models import ModelSpec
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
+from fedra_edge.retrying import RetryPolicy
 from fedra_edge.training.trainer import BlockCost, GraphFiles, UsableMemory
 from fedra_server.config import ServerConfig
 from fedra_server.runs import AssignmentState
@@ -280,6 +282,27 @@ def test_a_delta_that_was_not_sent_is_sent_by_the_next_process(
     assert state is AssignmentState.MERGED
 
 
+def test_a_delta_at_which_the_server_fails_holds_up_no_other_work(
+    hq: Headquarters, run: RunId, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_DELIVERY", RetryPolicy(max_attempts=2, max_wait_s=0.1))
+
+    def curse_the_first(_step: int) -> None:
+        assigned = hq.services.store.assignments(run)
+        if len(assigned) == 1:  # nothing can be put where a directory is
+            hq.services.home.delta_file(assigned[0].assignment_id).mkdir(exist_ok=True)
+
+    config = settings(hq, tmp_path, run)
+    trainer = CountingTrainer(before_step=curse_the_first)
+    with EdgeClient(config, dataset=MemoryDataset(), trainer=trainer) as client:
+        assert client.wait(PATIENCE_S)
+    assert client.status.rounds_contributed == 2
+    first, *others = hq.services.store.assignments(run)
+    assert first.state is AssignmentState.FAILED
+    assert "the server fails" in first.detail
+    assert {it.state for it in others} == {AssignmentState.MERGED}
+
+
 def test_a_delta_that_nobody_waits_for_is_kept_apart(
     hq: Headquarters, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -366,15 +389,21 @@ def test_only_the_first_question_after_work_is_answered_at_once(
     """A server that holds nothing back must not be asked in a tight loop either."""
     asked: list[str] = []
     idle = Reply.of(Wait(reason="too small"))
+    back = ClientStatus(
+        client_id="c1", name="plant", run=None, is_online=True, rounds_contributed=0,
+        open_assignment=None,
+    )  # fmt: skip
 
     def answer(received: Received) -> Reply:
         if received.path.startswith("/v1/assignment"):
             asked.append(parse_qs(urlsplit(received.path).query)["wait_s"][0])
             return idle
-        return Reply(204)
+        return Reply.of(back) if received.method == "PUT" else Reply(204)
 
-    with serving(Gate(behind=answer)) as server:
+    gate = Gate(behind=answer)
+    with serving(gate) as server:
         config = load_config({"server": server.url, "home": tmp_path, "poll_s": 5})
+        gate.public_key = make_member(config)
         with EdgeClient(config, dataset=MemoryDataset(), trainer=CountingTrainer()) as client:
             eventually(lambda: len(asked) > 4)
             assert client.status.detail == "too small"

@@ -105,6 +105,7 @@ def test_init_makes_a_home_once_and_keeps_what_is_there(command: Command, home: 
         "home": str(home.path),
         "config_file": str(home.config_file),
         "new": False,
+        "ca_sha256": first.json["ca_sha256"],
     }
     assert home.config_file.read_text(encoding="utf-8") == "port = 1234\n"
     assert {"blobs", "uploads", "deltas", "fedra.sqlite3"} <= {
@@ -352,7 +353,7 @@ def test_adding_a_model_without_torch_tells_what_to_install(tmp_path: Path) -> N
 
 
 def test_version_tells_the_protocol(command: Command) -> None:
-    assert command("version", "--json").json["protocol"] == "1.1"
+    assert command("version", "--json").json["protocol"] == "2.0"
     assert command("version").out.startswith("fedra-server ")
 
 
@@ -368,7 +369,7 @@ def test_all_commands_are_there() -> None:
         "init", "serve", "export", "audit", "disk", "prune", "version",
         "model add", "model list", "model show",
         "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
-        "client list",
+        "client list", "client remove", "token create", "token list", "token revoke",
     }  # fmt: skip
 
 
@@ -381,7 +382,7 @@ def test_every_help_has_an_example_and_the_exit_codes(command: Command, path: li
         assert f"{code.value} " in outcome.out.partition("Exit codes:")[2]
 
 
-@pytest.mark.parametrize("path", [[], ["model"], ["run"], ["client"]], ids=" ".join)
+@pytest.mark.parametrize("path", [[], ["model"], ["run"], ["client"], ["token"]], ids=" ".join)
 def test_every_group_has_them_too_and_its_list_is_not_cut(
     command: Command, path: list[str]
 ) -> None:
