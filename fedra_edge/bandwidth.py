@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-_PORTION_BYTES: Final = 64 * 2**10
+_PORTION_BYTES: Final = 256 * 2**10
 _LEAST_PORTION_BYTES: Final = 2**10
 _PORTIONS_PER_S: Final = 4
 

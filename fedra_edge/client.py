@@ -22,6 +22,7 @@ from fedra_edge.data.opening import open_dataset
 from fedra_edge.enrolling import Enrolment
 from fedra_edge.errors import ConfigurationError, FedraEdgeError, ServerUnreachableError
 from fedra_edge.home_lock import home_lock
+from fedra_edge.keys import load_signing
 from fedra_edge.layer_cache import LayerCache
 from fedra_edge.metering import BoardMeter
 from fedra_edge.mirrors import MirroredFetch, open_mirrors
@@ -233,6 +234,7 @@ class EdgeClient:
         if dataset is None:
             dataset = open_dataset(config.data or Path())
         self._board.update(detail="loading the training runtime")
+        load_signing()
         trainer = self._trainer or load_configured_trainer(config)
         fetch = MirroredFetch(self._mirrors, api.download_blob)
         begin = None if self._mirrors else partial(begin_together, self._transport)

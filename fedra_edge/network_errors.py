@@ -28,8 +28,15 @@ _UNKNOWN_AUTHORITY: Final = (
 _OTHER_THAN_PINNED: Final = (
     "something on the way may pose as the server: if that is a proxy of your plant that inspects "
     "TLS, give its certificate authority as --ca-file; if headquarters set its server up anew, run "
-    "`fedra-edge leave --forget` and join with a new join string; if it has got a new address, "
-    "headquarters names it as one of `host_names` in its server.toml"
+    "`fedra-edge leave --forget` and join with a new join string"
+)
+_OF_ANOTHER_NAME: Final = (
+    "use the address that headquarters gave out; or headquarters names this one, too, as one of "
+    "`host_names` in its server.toml"
+)
+_OF_ANOTHER_TIME: Final = (
+    "check the clock of this machine; if it is right, the server's certificate has to be renewed, "
+    "which a server does by itself when it runs and no certificate of its operator's is used"
 )
 
 
@@ -85,11 +92,20 @@ def mapped_errors(way: Way) -> Iterator[None]:
         if _UNVERIFIED in reason:
             raise UntrustedServerError(
                 f"{way.goal} cannot be trusted: {reason}",
-                remedy=_OTHER_THAN_PINNED if way.is_pinned else _UNKNOWN_AUTHORITY,
+                remedy=_how_to_trust(reason, way),
             ) from error
         raise ServerUnreachableError(
             f"{way.goal} cannot be reached: {reason}", remedy=_remedy_of(error, way)
         ) from error
+
+
+def _how_to_trust(reason: str, way: Way) -> str:
+    """Tell what to do, by what OpenSSL says of the certificate."""
+    if "mismatch" in reason:
+        return _OF_ANOTHER_NAME
+    if "not yet valid" in reason or "has expired" in reason:
+        return _OF_ANOTHER_TIME
+    return _OTHER_THAN_PINNED if way.is_pinned else _UNKNOWN_AUTHORITY
 
 
 def _remedy_of(error: httpx.RequestError, way: Way) -> str:

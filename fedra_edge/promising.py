@@ -22,6 +22,7 @@ from fedra_edge.exports import (
     open_tokenizer,
     read_model_description,
 )
+from fedra_edge.keys import load_signing
 from fedra_edge.profiling import measure_device, measure_usable_memory
 from fedra_edge.protocol.devices import Backend, Calibration, DeviceProfile
 from fedra_edge.protocol.fitting import Machine, Terms, Unfit, fit_work
@@ -199,6 +200,7 @@ def round_bytes(
 
 
 def _measured(config: SiteConfig) -> tuple[Trainer, DeviceProfile]:
+    load_signing()  # a client that joins signs
     trainer = load_configured_trainer(config)
     return trainer, measure_device(backend=trainer.backend, home=config.home, caps=config.caps)
 

@@ -216,7 +216,8 @@ class Session:
         """Let a delta at which the server fails wait behind the others, and hold up no work."""
         assignment_id = parcel.manifest.id
         LOGGER.warning("the delta of %s waits behind the others: %s", assignment_id, error)
-        self._give_up(assignment_id, f"the server fails at the delta: {error}")
+        if assignment_id not in self._postponed:
+            self._give_up(assignment_id, f"the server fails at the delta: {error}")
         self._equipment.outbox.postpone(assignment_id)
         self._postponed.add(assignment_id)
 

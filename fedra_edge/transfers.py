@@ -37,7 +37,7 @@ APPEND_BYTES: Final = 8 * 2**20
 _WHOLE_BYTES: Final = 4 * 2**20
 """How large a delta may be that is sent before the server has said that it wants it."""
 _PARTIAL: Final = 206
-_PORTION_BYTES: Final = 2**16
+_PORTION_BYTES: Final = 2**18
 _UNSENT_BYTES: Final = 32 * 10**6
 """Counts what the system still has to send, over the slowest link, like work of the server."""
 

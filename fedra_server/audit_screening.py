@@ -10,7 +10,7 @@ from pathlib import Path
 from fedra_edge.protocol.ids import AssignmentId
 from fedra_server.measuring import measure
 from fedra_server.runs import RunSpec
-from fedra_server.screening import Measure, judge
+from fedra_server.screening import Measure, Verdict, judge
 from fedra_server.sifting import screens
 from fedra_server.storage.blobs import BlobStore
 from fedra_server.storage.records import MergeRecord, ScreeningRecord
@@ -92,18 +92,27 @@ def _judged_again(
 def _merged_as_judged(trail: RunTrail) -> Iterator[tuple[str, str]]:
     rows = {(row.assignment_id, row.piece): row for row in trail.screenings}
     for number, merges in trail.merges.items():
-        clients: defaultdict[str, set[str]] = defaultdict(set)
         for merge in merges:
             row = rows.get((merge.assignment_id, merge.piece))
             for detail in _unlike_its_row(trail.run.spec, merge, row):
                 yield _name(merge.assignment_id), detail
-            if merge.assignment_id in trail.work:
-                clients[merge.piece].add(trail.work[merge.assignment_id].client_id)
-        for piece, holders in clients.items():
-            needed = trail.run.spec.holders_needed
-            if len(holders) < needed:
-                detail = f"{piece} is merged of {len(holders)} clients and needs {needed}"
+        for piece, holders in _holders(trail, number).items():
+            if len(holders) < trail.run.spec.holders_needed:
+                detail = f"{piece} is merged of {len(holders)} clients, and needs more"
                 yield f"revision {number}", detail
+
+
+def _holders(trail: RunTrail, number: int) -> dict[str, set[str]]:
+    """Give the clients that held each piece that a revision merged, or are quarantined for it."""
+    clients: defaultdict[str, set[str]] = defaultdict(set)
+    for held in trail.merges[number]:
+        if held.assignment_id in trail.work:
+            clients[held.piece].add(trail.work[held.assignment_id].client_id)
+    for row in trail.screenings:
+        is_held = row.revision == number and row.verdict is Verdict.QUARANTINED
+        if is_held and row.piece in clients:
+            clients[row.piece].add(trail.work[row.assignment_id].client_id)
+    return clients
 
 
 def _unlike_its_row(

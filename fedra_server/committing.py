@@ -57,7 +57,9 @@ class Committer:
         is_all_or_none = run.spec.mode == "synchronous" and run.spec.staleness_limit == 0
         leaves_none = is_last or is_all_or_none
         with self._locks.of(run.run) if leaves_none else nullcontext():
-            waiting = self._store.waiting_deltas(run.run)
+            with self._store.reading():
+                waiting = self._store.waiting_deltas(run.run)
+                base = self._store.revision(run.run)
             now = self._clock.now()
             due = due_pieces(waiting, run.spec, now=now, is_last=is_last)
             taken = [delta for delta in waiting if not due.isdisjoint(delta.pieces)]
@@ -65,11 +67,11 @@ class Committer:
                 return False
             if self._set_damaged_aside(taken):
                 return True
-            base = self._store.revision(run.run)
-            sifted = judge_deltas(
-                self._store, self._blobs, self._deltas, run, base,
-                taken=taken, due=due, now=now, is_last=is_last,
-            )  # fmt: skip
+            with self._store.reading():
+                sifted = judge_deltas(
+                    self._store, self._blobs, self._deltas, run, base,
+                    taken=taken, due=due, now=now, is_last=is_last,
+                )  # fmt: skip
             if not sifted.merging:
                 if sifted.records:
                     self._store.record_screening(run.run, screening_of(sifted), now)

@@ -8,6 +8,7 @@ layer i. In full:
     round: the number of the next round, or null when none is to come
     training_s: how long training may take of it
     coverage: [how many of those who are ready would train each layer]
+    holders_needed: how many must, for the run's merge to take a layer; with fewer it stays as it is
     clients: [{client_id, name, is_online, reason, work, profile, calibration}], all members;
         reason is "ready", or why it would be left out; calibration is null until it has measured
     work: null when the machine does not fit, or is not known, else {depth, residency,
@@ -88,7 +89,15 @@ class RoundPreview(_Preview):
     round: int | None
     training_s: float
     coverage: tuple[int, ...]
+    holders_needed: int
     clients: tuple[ClientPreview, ...]
+
+    @property
+    def short_layer_ids(self) -> tuple[int, ...]:
+        """The layers that would stay as they are because too few would train them."""
+        return tuple(
+            layer for layer, count in enumerate(self.coverage) if count < self.holders_needed
+        )
 
     @property
     def num_ready(self) -> int:
@@ -126,6 +135,7 @@ def preview_round(history: RunHistory, seen_since: float, now: float = 0.0) -> R
         round=number,
         training_s=run.spec.terms.training_s,
         coverage=_coverage(planned, spec.num_layers),
+        holders_needed=run.spec.holders_needed,
         clients=tuple(_client(it, history, population, drawn) for it in population.clients),
     )
 

@@ -44,13 +44,14 @@ class Recruiter:
 
         Who failed rests for a while; who is ``excluded`` has done its part of the round.
         """
-        population = Population(
-            self._store.clients(),
-            self._store.calibrations(run.model_id),
-            self._store.busy_clients() | set(excluded),
-            self.seen_since,
-            resting(self._store.setbacks(run.run), self._clock.now()),
-        )
+        with self._store.reading():
+            population = Population(
+                self._store.clients(),
+                self._store.calibrations(run.model_id),
+                self._store.busy_clients() | set(excluded),
+                self.seen_since,
+                resting(self._store.setbacks(run.run), self._clock.now()),
+            )
         candidates = population.candidates(run.run)
         spec = self._store.model(run.model_id).spec
         generator = round_generator(run.spec, number, draw)

@@ -86,8 +86,8 @@ class ScreeningSpec(BaseModel):
 
     One longer than ``clip_factor`` times their median norm is scaled down to that; None is 1 with
     a norm-clipped mean and 3 otherwise. One longer than ``quarantine_factor`` times the median is
-    quarantined, and so is one whose cosine to the mean direction of the others is below
-    ``cosine_floor`` while most holders agree. A claim of more than ``examples_factor`` times the
+    quarantined, and so is a delta that points away from the others by more than ``cosine_floor``
+    (``screening.py`` has the rule). A claim of more than ``examples_factor`` times the
     median of examples weighs no more than that.
     """
 
@@ -95,8 +95,8 @@ class ScreeningSpec(BaseModel):
 
     enabled: bool = True
     clip_factor: Annotated[float, Field(ge=0.01, le=1000)] | None = None
-    quarantine_factor: Annotated[float, Field(ge=1, le=1e6)] = 20.0
-    cosine_floor: Annotated[float, Field(ge=-1, lt=0)] = -0.1
+    quarantine_factor: Annotated[float, Field(ge=1, le=1e6)] = 8.0
+    cosine_floor: Annotated[float, Field(ge=-1, lt=0)] = -0.15
     examples_factor: Annotated[float, Field(ge=1, le=1e6)] = 10.0
 
 

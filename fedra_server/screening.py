@@ -1,18 +1,19 @@
 """Judges each piece of a delta by the other holders of that piece. Pure.
 
 With the holders' norms and their median m, a piece longer than c m is scaled down to c m (norm
-clipping, arXiv 1911.07963), and one longer than q m is quarantined. A piece is quarantined too
-when its cosine to the mean direction of the others is below the floor, as of a flipped sign
-(FLTrust, arXiv 2012.13995, with the cohort in place of a root data set), but only while the
-holders agree: sites whose data have nothing in common disagree with each other, and then nobody
-is an outlier. One client counts once, however many deltas it has.
+clipping, arXiv 1911.07963), and one longer than q m is quarantined. So is a delta that points
+away from the others, as one with flipped signs does (FLTrust, arXiv 2012.13995, with the cohort in
+place of a root data set): the mean of its pieces' cosines to the mean direction of the others is
+below the floor f < 0 and below the median of these means by as much. Sites whose data have
+nothing in common all point away from each other, and then nobody is an outlier. Cosines of single
+pieces scatter, so a piece alone is held to 3 f. One client counts once, however many deltas it has.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -24,6 +25,8 @@ HOLDERS_FOR_NORMS: Final = 3
 """The median of three is an honest one's, or between two, whatever one of them is."""
 HOLDERS_FOR_COSINES: Final = 4
 """Of three, one that is turned round leaves the others nobody to agree with."""
+_ALONE: Final = 3.0
+"""How many times the floor a single piece must be turned."""
 
 
 class Verdict(StrEnum):
@@ -86,9 +89,10 @@ def judge(spec: RunSpec, measures: Sequence[Measure]) -> Judgements:
     by_piece: defaultdict[str, list[Measure]] = defaultdict(list)
     for measure in sorted(measures, key=lambda it: (it.assignment_id, it.piece)):
         by_piece[measure.piece].append(measure)
+    turned = _turned_deltas(spec, measures)
     found: Judgements = {}
     for holders in by_piece.values():
-        found |= _judge_piece(spec, holders)
+        found |= _judge_piece(spec, holders, turned)
     suspects = {
         assignment_id: piece
         for (assignment_id, piece), it in sorted(found.items(), reverse=True)
@@ -100,35 +104,57 @@ def judge(spec: RunSpec, measures: Sequence[Measure]) -> Judgements:
     return found
 
 
-def _judge_piece(spec: RunSpec, holders: Sequence[Measure]) -> Judgements:
-    """Judge by norms and directions, where there are enough clients for each."""
-    by_client = {it.client_id: it for it in reversed(holders)}
-    norms = [it.norm for it in by_client.values()]
-    median = lower_median(norms) if len(norms) >= HOLDERS_FOR_NORMS else None
-    cosines = [it.cosine for it in by_client.values() if it.cosine is not None]
-    floor = spec.screening.cosine_floor
-    do_agree = len(cosines) >= HOLDERS_FOR_COSINES and lower_median(cosines) >= -floor
+def _turned_deltas(spec: RunSpec, measures: Iterable[Measure]) -> dict[AssignmentId, str]:
+    """Say of deltas that point away from the others, taking all of their pieces together."""
+    cosines: defaultdict[AssignmentId, list[float]] = defaultdict(list)
+    clients: dict[AssignmentId, ClientId] = {}
+    for it in sorted(measures, key=lambda it: (it.assignment_id, it.piece)):
+        if it.cosine is not None:
+            cosines[it.assignment_id].append(it.cosine)
+            clients[it.assignment_id] = it.client_id
+    means = {it: sum(found) / len(found) for it, found in cosines.items()}
+    by_client = {clients[it]: mean for it, mean in sorted(means.items(), reverse=True)}
+    bound = _bound(by_client.values(), spec.screening.cosine_floor)
     return {
-        (it.assignment_id, it.piece): _judge_one(spec, it, median, do_agree=do_agree)
-        for it in holders
+        it: f"the mean of its pieces' cosines to the others is {mean:.2f}"
+        for it, mean in means.items()
+        if mean < bound
     }
 
 
-def _judge_one(
-    spec: RunSpec, measure: Measure, median: float | None, *, do_agree: bool
-) -> Judgement:
-    scale, rules = 1.0, spec.screening
-    factor = spec.clip_factor
-    if median is not None and factor is not None and measure.norm > factor * median:
-        scale = factor * median / measure.norm
-    is_long = median is not None and measure.norm > rules.quarantine_factor * median
-    is_turned = do_agree and measure.cosine is not None and measure.cosine < rules.cosine_floor
-    reasons = []
-    if is_long:
-        reasons.append(f"its norm {measure.norm:.4g} is far above the median of {median:.4g}")
-    if is_turned:
-        reasons.append(f"its cosine to the others is {measure.cosine:.2f}, and most of them agree")
-    if reasons and rules.enabled:
+def _bound(cosines: Collection[float], floor: float) -> float:
+    """Give what a cosine must not be below: the floor, and as much below the median."""
+    if len(cosines) < HOLDERS_FOR_COSINES:
+        return -math.inf
+    return min(floor, lower_median(cosines) + floor)
+
+
+def _judge_piece(
+    spec: RunSpec, holders: Sequence[Measure], turned: Mapping[AssignmentId, str]
+) -> Judgements:
+    """Judge by norms and directions, where there are enough clients for each."""
+    by_client = {it.client_id: it for it in reversed(holders)}
+    norms = [it.norm for it in by_client.values()]
+    median = lower_median(norms) if len(norms) >= HOLDERS_FOR_NORMS else math.inf
+    cosines = [it.cosine for it in by_client.values() if it.cosine is not None]
+    bound = _bound(cosines, _ALONE * spec.screening.cosine_floor)
+    found: Judgements = {}
+    for it in holders:
+        reasons = []
+        if it.norm > spec.screening.quarantine_factor * median:
+            reasons.append(f"its norm {it.norm:.4g} is far above the median of {median:.4g}")
+        if it.assignment_id in turned:
+            reasons.append(turned[it.assignment_id])
+        elif it.cosine is not None and it.cosine < bound:
+            reasons.append(f"its cosine to the others is {it.cosine:.2f}")
+        found[it.assignment_id, it.piece] = _judgement(spec, it.norm, median, reasons)
+    return found
+
+
+def _judgement(spec: RunSpec, norm: float, median: float, reasons: Sequence[str]) -> Judgement:
+    longest = math.inf if spec.clip_factor is None else spec.clip_factor * median
+    scale = longest / norm if norm > longest else 1.0
+    if reasons and spec.screening.enabled:
         return Judgement(Verdict.QUARANTINED, scale, "; ".join(reasons))
     return Judgement(Verdict.CLIPPED if scale < 1 else Verdict.ACCEPTED, scale)
 

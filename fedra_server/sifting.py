@@ -103,7 +103,10 @@ def _merging(
     due: frozenset[str],
     records: Mapping[Key, ScreeningRecord],
 ) -> dict[AssignmentId, tuple[str, ...]]:
-    """Name what is merged: pieces that may be, of which enough clients hold one."""
+    """Name what is merged: pieces that may be, of which enough clients hold one.
+
+    Whoever is quarantined counts as a holder, being one of the attackers that the merge bears.
+    """
     found: defaultdict[AssignmentId, list[str]] = defaultdict(list)
     for piece, holders in sorted(_standing(spec, taken, due).items()):
         allowed = [
@@ -112,7 +115,7 @@ def _merging(
             if (it.assignment_id, piece) not in records
             or records[it.assignment_id, piece].may_merge
         ]
-        if len({it.client_id for it in allowed}) >= spec.holders_needed:
+        if len({it.client_id for it in holders}) >= spec.holders_needed:
             for delta in allowed:
                 found[delta.assignment_id].append(piece)
     return {assignment_id: tuple(pieces) for assignment_id, pieces in found.items()}

@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from fedra_edge.protocol.devices import Backend, BlockMemory
 from fedra_edge.protocol.ids import LayerId
-from fedra_edge.protocol.models import AdapterSpec, ModelSpec, Piece
+from fedra_edge.protocol.models import AdapterSpec, ImageInput, ModelSpec, Piece
 from fedra_edge.protocol.slices import LayerRole, Residency, SliceManifest, TrainingSpec
 
 _GROWTH_BYTES: Final[Mapping[Backend, int]] = {"torch": 6 * 10**6, "onnx": 3 * 10**6}
@@ -18,11 +18,14 @@ _GROWTH_BYTES: Final[Mapping[Backend, int]] = {"torch": 6 * 10**6, "onnx": 3 * 1
 _MARGIN: Final[Mapping[Backend, float]] = {"torch": 1.02, "onnx": 1.01}
 """What the sum of all parts is still low by: page tables, small objects, the heap's gaps."""
 
-_HEAP_GAPS: Final[Mapping[Residency, float]] = {"resident": 0.1, "streamed": 0.4}
-"""What PyTorch's heap may hold unused for each byte that lives in it (``training/allocator.py``).
+_HEAP_GAPS: Final[Mapping[Residency, float]] = {"resident": 0.1, "streamed": 0.5}
+"""What PyTorch's heap may hold unused for each byte of working memory (``training/allocator.py``).
 
-A streamed slice has the larger share of gaps, because blocks forward and back differ.
+A streamed slice has the larger share, because blocks forward and back use the heap differently.
 """
+
+_SETTLED_GAPS: Final[Mapping[Residency, float]] = {"resident": 0.1, "streamed": 0.0}
+"""What of them may be there between two micro-batches; the next leaves some of its own."""
 
 _STREAMED_MICRO_BATCH: Final = 8
 """Streaming gains nothing from larger micro-batches: a block's weights serve a whole walk batch."""
@@ -82,30 +85,42 @@ class Footprint:
         Sum of the idle process, the weights in memory, the adapters with what training adds to
         them, the activations kept between layers or by autograd, and one block's working memory.
         """
-        return self._bytes(plan, 1.0)
+        return self._bytes(plan, _HEAP_GAPS)
 
     def settled_bytes(self, plan: MemoryPlan) -> int:
         """Give what the process may occupy between two micro-batches without endangering that.
 
-        One that occupies more gives back what lies unused in its heap. The next micro-batch
-        leaves gaps of its own, for which half of those predicted are set aside.
+        One that occupies more gives back what lies unused in its heap.
         """
-        return self._bytes(plan, 0.5)
+        return self._bytes(plan, _SETTLED_GAPS)
 
-    def _bytes(self, plan: MemoryPlan, gaps_share: float) -> int:
+    def _bytes(self, plan: MemoryPlan, gaps: Mapping[Residency, float]) -> int:
         spec, shape = self.spec, self.shape
         idle = self.memory.idle_bytes + _GROWTH_BYTES[self.backend] + self._adapter_bytes()
         boundary = max(piece.cost.boundary_bytes for piece in (spec.stem, *spec.layers))
-        if self.backend == "onnx":
-            weights, gaps = self._passing_bytes(), 0.0
-        else:
-            blocks = 1 if plan.residency == "streamed" else shape.held
-            weights, gaps = _resident_bytes(spec, blocks), _HEAP_GAPS[plan.residency]
         walking = plan.walk_batch * boundary
-        if plan.residency == "streamed" or self.backend == "onnx":
-            walking += plan.walk_batch * shape.backward * boundary
-        working = int((1 + gaps * gaps_share) * self._working_bytes(plan, boundary))
-        return int(_MARGIN[self.backend] * (idle + weights + walking + working))
+        is_streamed = plan.residency == "streamed" or self.backend == "onnx"
+        kept = plan.walk_batch * shape.backward * boundary if is_streamed else 0
+        working = self._working_bytes(plan, boundary)
+        if self.backend == "onnx":
+            weights = self._passing_bytes()
+        else:
+            weights = _resident_bytes(spec, 1 if is_streamed else shape.held)
+            absent = kept + max(piece.cost.parameter_bytes for piece in spec.layers)
+            entering = self._entering_bytes(plan) - (absent if is_streamed else 0)
+            working = max(int((1 + gaps[plan.residency]) * working), entering)
+        return int(_MARGIN[self.backend] * (idle + weights + walking + kept + working))
+
+    def _entering_bytes(self, plan: MemoryPlan) -> int:
+        """Give what a micro-batch of images takes in the stem, when no streamed block is there yet.
+
+        The convolution puts its weights in another order; images are there as read and prepared.
+        """
+        wanted = self.spec.input
+        if not isinstance(wanted, ImageInput):
+            return 0
+        image = 4 * wanted.channels * wanted.size_px**2
+        return self.spec.stem.cost.parameter_bytes + plan.micro_batch * 2 * image
 
     def _working_bytes(self, plan: MemoryPlan, boundary: int) -> int:
         """Give what is alive at once of a micro-batch: in one block, or in all that are kept."""

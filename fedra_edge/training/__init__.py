@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import Final, Literal
 
 from fedra_edge.errors import BackendUnavailableError
-from fedra_edge.training.allocator import prefer_huge_pages
 from fedra_edge.training.trainer import (
     BlockCost,
     EvaluationCounts,
@@ -72,7 +71,6 @@ def _load_best(threads: int | None) -> tuple[Trainer, str]:
 
 
 def _load_torch(threads: int | None) -> Trainer:
-    prefer_huge_pages()
     try:
         import torch
 

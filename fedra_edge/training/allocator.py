@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from typing import Any, Final
 
@@ -13,7 +12,6 @@ from fedra_edge.memory_meter import resident_bytes
 if sys.platform != "win32":
     import resource
 
-_M_MXFAST: Final = 1
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
@@ -84,15 +82,6 @@ def own_mapping(size_bytes: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, size_bytes)
     return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def prefer_huge_pages() -> None:
-    """Ask PyTorch to put large buffers on huge pages, where Linux leaves that to programs.
-
-    It makes page faults fewer and changes nothing of what is occupied. It must be said before
-    PyTorch allocates for the first time; a choice that the environment made stays.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def trim_heap() -> None:

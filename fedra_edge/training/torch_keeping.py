@@ -1,8 +1,7 @@
-"""Keeps tensors that outlive a block's work out of the heap."""
+"""Keeps tensors that outlive the work on a block out of the heap that this work goes through."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +9,8 @@ from fedra_edge.training.allocator import own_mapping
 
 
 def kept_apart(tensor: Tensor) -> Tensor:
-    """Copy a tensor into memory outside the heap; one on a GPU stays where it is."""
+    """Copy a tensor's values into memory outside the heap; one on a GPU stays where it is."""
     if tensor.device.type != "cpu":
         return tensor
-    buffer = np.frombuffer(own_mapping(max(1, tensor.nbytes)), np.uint8, tensor.nbytes)
-    return torch.from_numpy(buffer).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    apart = torch.frombuffer(own_mapping(tensor.nbytes), dtype=tensor.dtype)
+    return apart.view(tensor.shape).copy_(tensor.detach())

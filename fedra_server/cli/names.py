@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedra_edge.protocol.messages import RunName
 from fedra_server.config import describe_invalid
 from fedra_server.errors import ConflictError, NotFoundError
+from fedra_server.hiding import without_secrets
 from fedra_server.storage.records import ClientRecord
 from fedra_server.storage.store import Store
 
@@ -38,7 +39,8 @@ def find_member(store: Store, name_or_id: str) -> ClientRecord:
     ]
     if not found:
         raise NotFoundError(
-            f"there is no client {name_or_id}", remedy="See `fedra-server client list`."
+            f"there is no client {without_secrets(name_or_id)}",
+            remedy="See `fedra-server client list`.",
         )
     if len(found) > 1:
         ids = ", ".join(it.client_id for it in found)

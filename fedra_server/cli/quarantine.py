@@ -29,6 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_ANY_ID = {"ignore_unknown_options": True}
+"""Ids may begin with a hyphen."""
+
 DeltaArgument = Annotated[str, typer.Argument(help="Its id, as `quarantine list` shows it.")]
 
 
@@ -64,7 +67,7 @@ def list_held(
     )  # fmt: skip
 
 
-@app.command(epilog=example("quarantine show 3kQ0... --json"))
+@app.command(context_settings=_ANY_ID, epilog=example("quarantine show 3kQ0... --json"))
 def show(
     delta: DeltaArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
 ) -> None:
@@ -100,7 +103,7 @@ def show(
     )
 
 
-@app.command(epilog=example("quarantine release 3kQ0..."))
+@app.command(context_settings=_ANY_ID, epilog=example("quarantine release 3kQ0..."))
 def release(
     delta: DeltaArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
 ) -> None:
@@ -114,7 +117,7 @@ def release(
     _tell("released", delta, rows, as_json=as_json)
 
 
-@app.command(epilog=example("quarantine discard 3kQ0..."))
+@app.command(context_settings=_ANY_ID, epilog=example("quarantine discard 3kQ0..."))
 def discard(
     delta: DeltaArgument, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False
 ) -> None:

@@ -127,8 +127,8 @@ QuarantineFactorOption = Annotated[
 CosineFloorOption = Annotated[
     float,
     typer.Option(
-        help="Quarantine a delta whose cosine to the mean of the others is lower, while most of"
-        " at least 4 agree; -1 for never."
+        help="Quarantine a delta whose cosine to the mean of the others is below this, and by as"
+        " much below the median; of at least 4 holders. -1 for never."
     ),
 ]
 ExamplesFactorOption = Annotated[

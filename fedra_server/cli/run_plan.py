@@ -22,6 +22,8 @@ def tell_preview(preview: RoundPreview, *, explain: bool) -> None:
         needed = preview.spec.min_participants
         typer.echo(f"Ready: {preview.num_ready} of at least {needed} participants")
         typer.echo(f"Coverage per layer: {' '.join(str(count) for count in preview.coverage)}")
+        if explain and preview.holders_needed > 1:
+            typer.echo(_holders(preview))
     typer.echo()
     tell_table(
         [
@@ -36,6 +38,20 @@ def tell_preview(preview: RoundPreview, *, explain: bool) -> None:
             typer.echo(f"\n{client.name}")
             for what, told in _inputs(client, preview):
                 typer.echo(f"  {what:<10}{told}")
+
+
+def _holders(preview: RoundPreview) -> str:
+    """Say which layers too few would train for the run's merge, and what would help."""
+    merge, short = preview.spec.merge, preview.short_layer_ids
+    needed = f"{merge} needs {preview.holders_needed} holders of a layer"
+    if not short:
+        return f"Holders: {needed}; every layer has them"
+    trained = sum(preview.coverage)
+    wanted = preview.holders_needed * preview.num_layers
+    return (
+        f"Holders: {needed}; layers {format_layers(short)} would stay as they are: the machines "
+        f"together train {trained} layers, and {wanted} would do for all of them"
+    )
 
 
 def _row(client: ClientPreview) -> list[object]:

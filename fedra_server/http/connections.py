@@ -41,8 +41,8 @@ _FEWEST: Final = 16
 _TOLD_AGAIN_S: Final = 60.0
 _SHARE: Final = 0.75
 """The part of all connections that one address may have; a site may be many clients."""
-_OPENED: Final = Rate(per_s=50.0, burst=500.0)
-"""How often one address may open a connection that is listened to at once."""
+_OPENED_PER_REQUEST: Final = 2.0
+_BURST_S: Final = 10.0
 _LONGEST_HOLD_S: Final = 10.0
 _LINGER_S: Final = 2.0
 _PEERS: Final = logging.getLogger(f"{__name__}.peers")
@@ -80,14 +80,18 @@ class Throttle:
 
 
 class ConnectionShares:
-    """The connections of each address, of those that one server has open."""
+    """The connections of each address, of those that one server has open.
 
-    def __init__(self, config: Config) -> None:
+    An address may open twice as many as it may send requests without a known credential.
+    """
+
+    def __init__(self, config: Config, strange_requests_per_s: float) -> None:
         trusted = config.forwarded_allow_ips if config.proxy_headers else []
         self._proxies = [ipaddress.ip_network(it, strict=False) for it in trusted]
         self._most = int(_SHARE * (config.limit_concurrency or sys.maxsize))
         self._open: Counter[str] = Counter()
-        self._opened: Buckets[str] = Buckets(_OPENED)
+        per_s = _OPENED_PER_REQUEST * strange_requests_per_s
+        self._opened: Buckets[str] = Buckets(Rate(per_s, per_s * _BURST_S))
 
     def enter(self, host: str, now: float) -> float | None:
         """Count a new connection; tell when to listen to it, in seconds. Proxies have no limit.
@@ -136,7 +140,9 @@ class BoundedProtocol(H11Protocol):
         self.logger = _PEERS
         self._host = self.client[0] if self.client else ""
         if self.server_state not in self._shares:
-            self._shares[self.server_state] = ConnectionShares(self.config)
+            limits = self.config.app.state.services.config  # type: ignore[union-attr]  # ours
+            shares = ConnectionShares(self.config, limits.max_strange_requests_per_s)
+            self._shares[self.server_state] = shares
         hold_s = self._shares[self.server_state].enter(self._host, self.loop.time())
         is_full = self.limit_concurrency is not None and (
             len(self.connections) >= self.limit_concurrency

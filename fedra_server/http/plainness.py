@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import override
 
 from fedra_edge.protocol.problems import ProblemCode
+from fedra_edge.protocol.routes import UPLOAD_WHOLE
 from fedra_server.http.problems import RefusedBodyError, problem_response
 
 MAX_HEAD_BYTES: Final = 32 * 1024
@@ -36,7 +37,8 @@ _SINGLE: Final = frozenset(
 )  # fmt: skip
 _JSON: Final = frozenset({"application/json"})
 _BYTES: Final = frozenset({"application/partial-upload", "application/octet-stream"})
-_MEDIA_TYPES: Final = {"POST": _JSON | _BYTES, "PUT": _JSON, "PATCH": _BYTES}
+_MEDIA_TYPES: Final = {"POST": _JSON, "PUT": _JSON, "PATCH": _BYTES}
+_WITH_BYTES: Final = (UPLOAD_WHOLE.method, UPLOAD_WHOLE.path)
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -74,7 +76,7 @@ def find_fault(scope: Scope) -> Fault | None:
         or _fault_of_repeats(headers)
         or _fault_of_path(scope["raw_path"].decode("latin-1"))
         or _fault_of_host(headers.get("host", []))
-        or _fault_of_body(scope["method"], headers)
+        or _fault_of_body((scope["method"], scope["path"]), headers)
     )
 
 
@@ -126,7 +128,7 @@ def _fault_of_host(hosts: list[str]) -> Fault | None:
     return None
 
 
-def _fault_of_body(method: str, headers: dict[str, list[str]]) -> Fault | None:
+def _fault_of_body(asked: tuple[str, str], headers: dict[str, list[str]]) -> Fault | None:
     expected = {value.strip().lower() for value in headers.get("expect", [])}
     if expected - {"100-continue"}:
         told = "nothing but 100-continue can be expected of this server"
@@ -135,12 +137,12 @@ def _fault_of_body(method: str, headers: dict[str, list[str]]) -> Fault | None:
     if encodings - {"", "identity"}:
         told = "bodies are taken as they are; a compressed one could unfold to any size"
         return Fault(ProblemCode.ENCODING_UNSUPPORTED, told)
-    known = _MEDIA_TYPES.get(method)
+    known = _BYTES if asked == _WITH_BYTES else _MEDIA_TYPES.get(asked[0])
     told_types = {
         value.partition(";")[0].strip().lower() for value in headers.get("content-type", [])
     }
     if known is not None and told_types - known:
-        told = f"a body of {method} is {' or '.join(sorted(known))}"
+        told = f"a body of this request is {' or '.join(sorted(known))}"
         return Fault(ProblemCode.CONTENT_TYPE_UNSUPPORTED, told)
     return None
 

@@ -25,6 +25,7 @@ from fedra_server.errors import (
     RefusedError,
     StorageFullError,
 )
+from fedra_server.hiding import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,10 @@ def problem_response(
     """Build the response for a code; the table fills in status and remedy."""
     answer = ANSWERS[code]
     problem = Problem.of(
-        code, status=status or answer.status, detail=detail, remedy=remedy or answer.remedy
+        code,
+        status=status or answer.status,
+        detail=without_secrets(detail),
+        remedy=remedy or answer.remedy,
     )
     fixed = {"Cache-Control": "no-store", PROTOCOL_HEADER: PROTOCOL_VERSION}
     return Response(
@@ -245,7 +249,8 @@ async def _answer_own_error(request: Request, error: Exception) -> Response:
         return _answer_unexpected(request, error)
     headers = error.headers if isinstance(error, RefusedWithHeadersError) else None
     level = logging.DEBUG if isinstance(error, NotGrantedError) else logging.INFO
-    logger.log(level, "%s %s refused: %s: %s", request.method, request.url.path, code, error)
+    why = without_secrets(str(error))
+    logger.log(level, "%s %s refused: %s: %s", request.method, _path(request), code, why)
     return problem_response(code, str(error), remedy=error.remedy, headers=headers)
 
 
@@ -275,14 +280,18 @@ async def _answer_framework_error(request: Request, error: Exception) -> Respons
 
 async def _answer_disk_error(request: Request, error: Exception) -> Response:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        logger.error("no space left while serving %s", request.url.path)
+        logger.error("no space left while serving %s", _path(request))
         return problem_response(ProblemCode.STORAGE_FULL, "the server's disk is full")
     return _answer_unexpected(request, error)
 
 
+def _path(request: Request) -> str:
+    return without_secrets(request.url.path)
+
+
 def _answer_unexpected(request: Request, error: Exception) -> Response:
     """Log the error and tell the caller nothing of it."""
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    logger.error("%s %s failed", request.method, _path(request), exc_info=error)
     return problem_response(ProblemCode.INTERNAL, "the server could not answer; its log says why")
 
 

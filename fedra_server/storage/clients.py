@@ -8,6 +8,7 @@ from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.ids import ClientId
 from fedra_server.chain import Event, author, sha256_of
 from fedra_server.errors import NotFoundError
+from fedra_server.hiding import without_secrets
 from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
@@ -208,5 +209,5 @@ def _update_member(connection: Connection, client_id: ClientId, **values: object
 def _client(connection: Connection, client_id: ClientId) -> ClientRecord:
     row = connection.execute(_ONE, {"client": client_id}).one_or_none()
     if row is None:
-        raise NotFoundError(f"there is no client {client_id}")
+        raise NotFoundError(f"there is no client {without_secrets(client_id)}")
     return client_record(row)

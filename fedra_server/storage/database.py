@@ -198,7 +198,7 @@ def _begin_sqlite(connection: Connection) -> None:
     """Begin; a writer takes the lock at once, so that it waits now and never fails midway."""
     options = connection.get_execution_options()
     pooled = connection.connection
-    cursor: sqlite3.Cursor = pooled.cursor()
+    cursor = pooled.cursor()
     if options.get(_READS_ONLY, False):
         cursor.execute("BEGIN")
         return

@@ -11,6 +11,7 @@ from sqlalchemy import bindparam, delete, insert, select
 
 from fedra_server.chain import COMMAND, Event
 from fedra_server.errors import ConflictError, NotFoundError
+from fedra_server.hiding import without_secrets
 from fedra_server.roles import OperatorRecord, Role
 from fedra_server.storage import tables
 from fedra_server.storage.database import Database
@@ -84,7 +85,7 @@ class OperatorRecords(Database):
             change = delete(tables.operators).where(_OPERATORS.name == name)
             if connection.execute(change).rowcount == 0:
                 raise NotFoundError(
-                    f"there is no operator named {name!r}",
+                    f"there is no operator named {without_secrets(name)!r}",
                     remedy="See `fedra-server operator list`.",
                 )
             write_entry(connection, Event.OPERATOR_REMOVED, name, by)

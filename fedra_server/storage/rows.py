@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from functools import lru_cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -33,6 +34,11 @@ from fedra_server.storage.records import (
 Values = dict[str, object]
 AnyRow = Row[Any]
 _SCREENING_COLUMNS = tuple(column.name for column in fields(ScreeningRecord))
+_read_profile = lru_cache(256)(DeviceProfile.model_validate_json)
+_read_run_spec = lru_cache(64)(RunSpec.model_validate_json)
+_read_manifest = lru_cache(32)(SliceManifest.model_validate_json)
+_read_delta = lru_cache(32)(DeltaManifest.model_validate_json)
+"""The same texts are read many times while a round goes on; what they say is frozen."""
 _NUMBERS = TypeAdapter(tuple[int, ...])
 _BLOBS = TypeAdapter(tuple[BlobRef | None, ...])
 
@@ -58,7 +64,7 @@ def client_record(row: AnyRow) -> ClientRecord:
         client_id=ClientId(row.client_id),
         name=row.name,
         run=row.run,
-        profile=DeviceProfile.model_validate_json(row.profile),
+        profile=_read_profile(row.profile),
         enrolled_at=row.enrolled_at,
         last_seen_at=row.last_seen_at,
         is_online=row.is_online,
@@ -108,7 +114,7 @@ def run_record(row: AnyRow) -> RunRecord:
     return RunRecord(
         run=RunId(row.run),
         model_id=ModelId(row.model_id),
-        spec=RunSpec.model_validate_json(row.spec),
+        spec=_read_run_spec(row.spec),
         state=RunState(row.state),
         created_at=row.created_at,
         pruned_through=row.pruned_through,
@@ -240,12 +246,12 @@ def assignment_record(row: AnyRow) -> AssignmentRecord:
         run=RunId(row.run),
         round_number=row.round_number,
         client_id=ClientId(row.client_id),
-        manifest=SliceManifest.model_validate_json(row.manifest),
+        manifest=_read_manifest(row.manifest),
         chance=row.chance,
         reason=row.reason,
         state=AssignmentState(row.state),
         detail=row.detail,
-        delta=None if row.delta is None else DeltaManifest.model_validate_json(row.delta),
+        delta=None if row.delta is None else _read_delta(row.delta),
         issued_at=row.issued_at,
         settled_at=row.settled_at,
     )
@@ -268,7 +274,7 @@ def upload_record(row: AnyRow) -> UploadRecord:
         upload_id=UploadId(row.upload_id),
         assignment_id=AssignmentId(row.assignment_id),
         client_id=ClientId(row.client_id),
-        delta=DeltaManifest.model_validate_json(row.delta),
+        delta=_read_delta(row.delta),
         created_at=row.created_at,
     )
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from fedra_edge.protocol.slices import RevisionManifest
 from fedra_server.chain import COMMAND, Event, sha256_of
@@ -24,6 +24,10 @@ _RUNS = tables.runs.c
 _RUN = select(tables.runs).where(_RUNS.run == bindparam("wanted"))
 _ALL_RUNS = select(tables.runs).order_by(_RUNS.created_at, _RUNS.run)
 _REVISIONS = tables.revisions.c
+_LATEST = select(func.max(_REVISIONS.number)).where(_REVISIONS.run == bindparam("wanted"))
+_REVISION = select(tables.revisions).where(
+    _REVISIONS.run == bindparam("wanted"), _REVISIONS.number == bindparam("number")
+)
 _EVENTS: Final = {
     RunState.PAUSED: Event.RUN_PAUSED,
     RunState.STOPPED: Event.RUN_STOPPED,
@@ -102,9 +106,10 @@ class RunRecords(Database):
         Raises:
             NotFoundError: No such run or revision.
         """
-        key = ("revision", run, number)
+        if number is None:
+            number = self.read_once(("latest", run), partial(_latest_number, run=run))
         read = partial(_find_revision, run=run, number=number)
-        return self.read_once(key, read) if number is None else self.read_lasting(key, read)
+        return self.read_lasting(("revision", run, number), read)
 
     def revisions(self, run: str) -> list[RevisionRecord]:
         """Give all revisions of a run, oldest first."""
@@ -131,14 +136,17 @@ def find_run(connection: Connection, run: str) -> RunRecord:
     return run_record(row)
 
 
-def _find_revision(connection: Connection, *, run: str, number: int | None) -> RevisionRecord:
-    query = select(tables.revisions).where(_REVISIONS.run == run)
-    if number is not None:
-        query = query.where(_REVISIONS.number == number)
-    row = connection.execute(query.order_by(_REVISIONS.number.desc()).limit(1)).first()
+def _latest_number(connection: Connection, *, run: str) -> int:
+    number = connection.execute(_LATEST, {"wanted": run}).scalar_one()
+    if number is None:
+        raise NotFoundError(f"there is no run {run!r} with any revision")
+    return int(number)
+
+
+def _find_revision(connection: Connection, *, run: str, number: int) -> RevisionRecord:
+    row = connection.execute(_REVISION, {"wanted": run, "number": number}).one_or_none()
     if row is None:
-        which = "any revision" if number is None else f"a revision {number}"
-        raise NotFoundError(f"there is no run {run!r} with {which}")
+        raise NotFoundError(f"there is no run {run!r} with a revision {number}")
     return revision_record(row)
 
 

@@ -14,6 +14,7 @@ from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.chain import COMMAND, Event, author, sha256_of
 from fedra_server.errors import ConflictError, NotFoundError, NotPermittedError, RefusedError
+from fedra_server.hiding import without_secrets
 from fedra_server.storage import tables
 from fedra_server.storage.clients import find_by_key
 from fedra_server.storage.database import Database
@@ -73,7 +74,7 @@ class TokenRecords(Database):
         with self.writing() as connection:
             query = select(tables.join_tokens).where(_TOKENS.token_id == token_id)
             if connection.execute(query).one_or_none() is None:
-                raise NotFoundError(f"there is no join token {token_id}")
+                raise NotFoundError(f"there is no join token {without_secrets(token_id)}")
             if connection.execute(change.values(revoked_at=now)).rowcount:
                 write_entry(connection, Event.TOKEN_REVOKED, token_id, by)
             return token_record(connection.execute(query).one())

@@ -127,7 +127,11 @@ def _staged(
                 **options,
             )  # fmt: skip
             crowd = open_crowded_round(store, spec, _RUN, run.spec, size)
-            settings = {"heartbeat_timeout_s": "3600", "log_level": "warning"}
+            settings = {
+                "heartbeat_timeout_s": "3600",
+                "log_level": "warning",
+                "max_strange_requests_per_s": "10000",
+            }
             with running_server(home.path, settings=settings) as server:
                 yield Stage(server.url, server.process.pid, store, spec, crowd)
 

@@ -116,9 +116,6 @@ def _slice_step(way: str, micro_batch: int) -> tuple[Callable[[], None], int]:
 
 
 def _torch_trainer() -> Trainer:
-    from fedra_edge.training.allocator import prefer_huge_pages
-
-    prefer_huge_pages()
     import torch
 
     from fedra_edge.training.torch_trainer import TorchTrainer

@@ -274,10 +274,12 @@ def test_a_record_that_denies_the_others_is_found(
 
 
 def test_the_database_refuses_a_second_merge_of_a_piece(place: ServerHome) -> None:
-    columns = "assignment_id, piece, run, 3, weight, staleness, scale"
-    again = f"INSERT INTO merges SELECT {columns} FROM merges"
+    again = (
+        "INSERT INTO merges SELECT assignment_id, piece, run, 3, weight, staleness, scale"
+        " FROM merges WHERE revision = 2 AND piece = 'head'"
+    )
     with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
-        execute(place, f"{again} WHERE revision = 2 AND piece = 'head'")
+        execute(place, again)
 
 
 def test_the_command_tells_it_and_ends_with_its_code(place: ServerHome) -> None:

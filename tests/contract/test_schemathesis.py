@@ -41,10 +41,13 @@ ROUTES: Final = {
 WITHOUT_PARAMETERS: Final = {routes.LIVE, routes.READY}
 """There is no wrong way to call these."""
 RULES_BEYOND_A_SCHEMA: Final = {
-    routes.CALIBRATE, routes.EVALUATION, routes.UPLOAD_APPEND, routes.OPERATOR_CREATE_TOKEN,
+    routes.CALIBRATE, routes.EVALUATION, routes.UPLOAD_APPEND, routes.UPLOAD_WHOLE,
+    routes.OPERATOR_CREATE_TOKEN,
 }  # fmt: skip
 """Their bodies can fit the document and still be refused: 422, with the reason."""
-REFUSALS: Final = ["400", "401", "403", "404", "405", "409", "413", "416", "422", "426"]
+REFUSALS: Final = [
+    "400", "401", "403", "404", "405", "409", "413", "415", "416", "417", "422", "426", "431",
+]  # fmt: skip
 """No status from 500 on is among them: this server has room and enrolls at any rate."""
 EXAMPLES: Final = os.environ.get("FEDRA_FUZZ_EXAMPLES")
 """Set, it draws so many new calls at each run; else the calls are always the same few."""

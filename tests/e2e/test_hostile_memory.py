@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
 
 from fedra_edge.protocol.problems import ProblemCode
-from tests.support.headquarters import Site, connection, enrol
+from tests.support.headquarters import Delta, Site, connection, enrol, honest_delta
 from tests.support.hostile_forms import FORMS
+from tests.support.hostile_tensors import LIES
+from tests.support.patience import staged
 from tests.support.raw_http import ask
 from tests.support.servers import running_server
 
@@ -64,3 +67,17 @@ def test_memory_does_not_grow(victim: Victim, form: str) -> None:
     before = victim.process.memory_info().rss
     assert victim.suffer(form, TIMES) == set()
     assert victim.process.memory_info().rss - before < MOST_GROWTH_BYTES
+
+
+def test_memory_does_not_grow_with_deltas_that_lie(tmp_path: Path) -> None:
+    """Each participant of a large round sends another lie; the first half warms the server up."""
+    with staged(tmp_path, TIMES) as stage:
+        process = psutil.Process(stage.pid)
+        occupied = []
+        for number, (site, work) in enumerate(stage.crowd):
+            code, tell = sorted(LIES.items())[number % len(LIES)][1]
+            data = tell(honest_delta(stage.spec, work).data)
+            answer = site.send(Delta.of(data, work.assignment_id))
+            assert answer.json()["code"] == code
+            occupied.append(process.memory_info().rss)
+    assert occupied[-1] - occupied[TIMES // 2] < MOST_GROWTH_BYTES

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ADDRESS = "http://127.0.0.1:8470"
+JOIN_STRING = "JOIN STRING"
+"""What stands in the README for a line that is another one each time."""
 
 
 def commands(section: int) -> list[list[str]]:
@@ -39,12 +40,12 @@ class Desk:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.url = ADDRESS
+        self.join_string = ""
         self.running: list[subprocess.Popen[bytes]] = []
 
     def _argv(self, words: list[str]) -> list[str]:
         module = {"fedra-server": "fedra_server", "fedra-edge": "fedra_edge"}[words[0]]
-        rest = [word.replace(ADDRESS, self.url) for word in words[1:]]
+        rest = [self.join_string if word == JOIN_STRING else word for word in words[1:]]
         return [sys.executable, "-m", module, *rest]
 
     def _environment(self) -> dict[str, str]:
@@ -100,9 +101,9 @@ def serve_and_join(desk: Desk) -> None:
     desk.start(serve)
     place = desk.path / "hq" / "server.json"
     wait_until("the server listens", place.exists)
-    desk.url = json.loads(place.read_text(encoding="utf-8"))["url"]
 
-    profile, join = commands(1)
+    invite, profile, join = commands(1)
+    desk.join_string = desk.run(invite).strip()
     desk.run(profile)
     desk.start(join)
     second_site = [word.replace("plant-7", "plant-8") for word in join]
@@ -135,7 +136,7 @@ def take_the_result_home(desk: Desk) -> None:
 def test_the_commands_by_hand_end_in_an_evaluated_adapter(desk: Desk) -> None:
     serve_and_join(desk)
     take_the_result_home(desk)
-    for words in (*commands(2), *commands(8)):
+    for words in (*commands(2), *commands(8), *commands(9)):
         desk.run(words)
 
     [fuse], [add] = commands(4), commands(5)

@@ -1,4 +1,4 @@
-"""What cannot work is said: wrong credentials, bad data, no server, no room; with its exit code."""
+"""What cannot work is said: wrong keys, bad data, no server, no room; with its exit code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fedra_edge.identity import Identity
-from fedra_edge.protocol.ids import ClientId
 from fedra_server.runs import AssignmentState
 from tests.support.edges import EdgeSite, wait_until
 from tests.support.federation import Federation, running_federation
+from tests.support.gate import make_member
 from tests.support.headquarters import connection, enrol
+from tests.support.keys import authority_of
 from tests.support.sites import write_folder
 
 pytestmark = pytest.mark.e2e
@@ -50,24 +50,22 @@ def told(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
     return event
 
 
-def test_a_wrong_credential_is_refused(federation: Federation, site: EdgeSite) -> None:
+def test_a_key_of_somebody_else_is_refused(federation: Federation, site: EdgeSite) -> None:
     with connection(federation.url) as http:
-        client_id = ClientId(enrol(http, "site").client_id)
-    site.identity_file.save(Identity(client_id, "a-credential-of-somebody-else"))
+        client_id = enrol(http, "site").client_id
+        ca_sha256 = authority_of(http).ca_sha256
+    make_member(site.config, client_id, ca_sha256)
 
     asked = site.command("status")
     assert asked.returncode == 6
     assert asked.stderr.startswith("error: ")
     assert "fedra-edge leave" in asked.stderr
-    assert "somebody-else" not in asked.stdout + asked.stderr
 
     client = site.join()
     assert client.wait_for_end() == 6
     last = client.events[-1]
     assert (last["event"], last["code"]) == ("error", 6)
-    assert "credential" in last["message"]
-    assert "fedra-edge leave" in last["remedy"]
-    assert "somebody-else" not in site.complaints()
+    assert f"token create --client {client_id}" in last["remedy"]
     assert site.identity.client_id == client_id
 
 
@@ -146,7 +144,7 @@ def test_a_client_without_a_server_keeps_trying_until_told_to_stop(site: EdgeSit
 
 def test_a_single_command_without_a_server_fails(site: EdgeSite) -> None:
     lonely = replace(site, url=NOBODY)
-    lonely.identity_file.save(Identity(ClientId("somebody"), "a-credential"))
+    make_member(lonely.config, "somebody")
     for command in ("status", "leave"):
         done = lonely.command(command, "--json")
         assert done.returncode == 5

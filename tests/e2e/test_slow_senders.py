@@ -44,7 +44,7 @@ def test_many_stalled_uploads_hold_up_nobody(tmp_path: Path) -> None:
             store, blobs, spec, RUN, rounds=1, min_participants=STALLED + 1, deadline_s=600
         )
         *crowd, quick = open_crowded_round(store, spec, RUN, run.spec, STALLED + 1)
-        settings = {"heartbeat_timeout_s": "600"}
+        settings = {"heartbeat_timeout_s": "600", "max_strange_requests_per_s": "1000"}
         server = stack.enter_context(running_server(home.path, settings=settings))
         http = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
         stalled = [

@@ -84,10 +84,10 @@ def has_contributed(federation: Federation, run: str, name: str) -> bool:
 def announce_again(site: EdgeSite) -> httpx.Response:
     """Make the call that the site's client makes with the delta in its outbox."""
     [manifest] = site.config.outbox.glob("*.json")
-    headers = {**PROTOCOL, "Authorization": f"Bearer {site.identity.credential}"}
-    headers["Content-Type"] = "application/json"
-    url = f"{site.url}{routes.UPLOAD_CREATE.path}"
-    return httpx.post(url, content=manifest.read_bytes(), headers=headers)
+    headers = {**PROTOCOL, "Content-Type": "application/json"}
+    with httpx.Client(base_url=site.url, headers=headers) as http:
+        http.headers["Authorization"] = f"Bearer {site.session(http)}"
+        return http.post(routes.UPLOAD_CREATE.path, content=manifest.read_bytes())
 
 
 def disk_or_directory(stack: ExitStack, place: Path, size_bytes: int) -> tuple[Path, bool]:

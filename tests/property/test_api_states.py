@@ -110,7 +110,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     home.create()
     store = Store.open(home.path)
     spec = register_model(store, BlobStore(home.blobs))
-    limits = {"max_enrolments_per_minute": "100000", "max_clients": "100000"}
+    limits = {
+        "max_enrolments_per_minute": "100000",
+        "max_clients": "100000",
+        "max_requests_per_s": "100000",
+        "max_strange_requests_per_s": "100000",
+    }
     with running_server(home.path, settings=limits) as server:
         yield Target(server.url, home, store, spec)
         log = server.log.read_text(encoding="utf-8")

@@ -111,6 +111,14 @@ def test_a_prediction_holds_the_idle_process_and_the_weights(
     assert footprint.peak_bytes(plan) >= footprint.memory.idle_bytes + weights
 
 
+@given(footprints(), memory_plans())
+def test_between_micro_batches_no_more_is_allowed_than_at_the_peak(
+    footprint: Footprint, plan: MemoryPlan
+) -> None:
+    settled_bytes = footprint.settled_bytes(plan)
+    assert footprint.memory.idle_bytes <= settled_bytes <= footprint.peak_bytes(plan)
+
+
 @given(batch_sizes)
 def test_plans_are_valid_and_each_comes_once(batch_size: int) -> None:
     given_plans = list(plans(TrainingSpec(batch_size=batch_size), "torch"))

@@ -18,8 +18,9 @@ COMMANDS = {
     "fedra_edge": ["join", "profile", "status", "leave", "evaluate", "predict", "version"],
     "fedra_server": [
         "init", "serve", "export", "audit", "prune", "version",
-        "model add", "model list", "model show", "client list",
+        "model add", "model list", "model show", "client list", "audit log", "operator add",
         "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
+        "quarantine list", "quarantine show", "quarantine release", "quarantine discard",
     ],
 }  # fmt: skip
 

@@ -143,7 +143,7 @@ def save_model(digits: Digits, directory: Path) -> None:
         images, labels = images / 127.5 - 1, torch.from_numpy(digits.targets[:_KNOWN])
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(40):
-            for part in torch.randperm(_KNOWN).split(50):
+            for part in torch.split(torch.randperm(_KNOWN), 50):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images[part]).logits, labels[part]).backward()  # type: ignore[no-untyped-call]  # unannotated
                 optimizer.step()
@@ -232,11 +232,11 @@ def _client_id(site: int) -> ClientId:
 def digit_cohort(
     directory: Path,
     saved: Path,
+    run: Mapping[str, object],
     *,
     attackers: int = 0,
     attack: Attack | None = None,
     concentration: float = _CONCENTRATION,
-    **run: object,
 ) -> Iterator[DigitCohort]:
     """Have a server with the saved model, a run and ten sites for the length of a block."""
     digits, server = Digits.load(), Headless(directory)

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedra_edge.config import EdgeConfig
 from fedra_edge.identity import Identity, IdentityFile
 from fedra_edge.outbox import Outbox
+from tests.support.keys import SiteKey, open_session
 
 Event = dict[str, Any]
 
@@ -210,6 +214,13 @@ class EdgeSite:
         identity = self.identity_file.load()
         assert identity is not None
         return identity
+
+    def session(self, http: httpx.Client) -> str:
+        """Sign in with the site's own key, as its client does."""
+        pem = (self.config.membership / "key.pem").read_bytes()
+        private = load_pem_private_key(pem, password=None)
+        assert isinstance(private, Ed25519PrivateKey)
+        return open_session(http, SiteKey(private), self.identity.client_id)
 
     @property
     def deltas_waiting(self) -> int:

@@ -11,10 +11,6 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("fedra_edge", "fedra_server")
 _NEWS = '    news_of_{name}: tuple[str, ...] | None = ("unheard", "of")\n'
-_SINCE_1_0 = {
-    ("slices.py", "RevisionManifest"): ("versions",),
-    ("messages.py", "DeltaReceipt"): ("staleness",),
-}
 _TALKATIVE = {
     "deltas.py": ("DeltaManifest", "TrainingReport"),
     "devices.py": ("DeviceProfile", "BlockMemory", "Calibration"),
@@ -25,45 +21,25 @@ _TALKATIVE = {
     "problems.py": ("Problem",),
     "rounds.py": ("Train", "Wait", "Stop", "EvaluationTask", "Evaluation"),
     "slices.py": ("TrainingSpec", "RevisionManifest", "LayerRole", "SliceManifest"),
+    "trust.py": ("Authority", "Challenge", "SessionRequest", "SessionReceipt", "KeyChange"),
 }  # fmt: skip
 """Messages that a later version could add an optional field to."""
 
 
 def speaking(version: str, directory: Path) -> Mapping[str, str]:
-    """Copy both packages and let the copy speak a version; give the environment that runs it.
+    """Copy both packages and let the copy speak a later version; give the environment for it.
 
-    1.0 does not have what came later; whatever is later than this version adds a field of its
-    own to every message.
+    It adds a field of its own to every message.
     """
     for package in _PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_ROOT / package, directory / package, ignore=ignored)
     protocol = directory / "fedra_edge" / "protocol"
     _replace(protocol / "version.py", r'(PROTOCOL_VERSION: Final = )"[^"]+"', rf'\1"{version}"')
-    if version == "1.0":
-        for (file, message), fields in _SINCE_1_0.items():
-            for field in fields:
-                _hide(protocol / file, message, field)
-    else:
-        for file, messages in _TALKATIVE.items():
-            for message in messages:
-                _add_field(protocol / file, message)
+    for file, messages in _TALKATIVE.items():
+        for message in messages:
+            _add_field(protocol / file, message)
     return {"PYTHONPATH": str(directory), "PYTHONSAFEPATH": "1"}
-
-
-def _hide(path: Path, message: str, field: str) -> None:
-    """Let a field neither be read nor written."""
-    source = path.read_text(encoding="utf-8")
-    [node] = [
-        it
-        for it in _class_in(source, message).body
-        if isinstance(it, ast.AnnAssign) and ast.unparse(it.target) == field
-    ]
-    hidden = 'Field(exclude=True, validation_alias="not of this version")'
-    lines = source.splitlines(keepends=True)
-    told = f"    {field}: Annotated[{ast.unparse(node.annotation)}, {hidden}] = None\n"
-    lines[node.lineno - 1 : node.end_lineno] = [told]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def _add_field(path: Path, message: str) -> None:

@@ -72,7 +72,7 @@ def test_without_a_cap_nobody_waits() -> None:
 
 @pytest.mark.parametrize(
     ("max_bytes_per_s", "portion_bytes"),
-    [(None, 65_536), (10**9, 65_536), (8192, 2048), (1000, 1024)],
+    [(None, 262_144), (10**9, 262_144), (8192, 2048), (1000, 1024)],
 )
 def test_a_low_cap_is_spent_in_small_portions(
     max_bytes_per_s: int | None, portion_bytes: int

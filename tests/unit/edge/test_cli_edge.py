@@ -18,14 +18,19 @@ from fedra_edge.config import load_config
 from fedra_edge.console import Output, ProgressLines
 from fedra_edge.errors import (
     BackendUnavailableError,
+    ClientRevokedError,
     ConfigurationError,
     DataError,
     FedraEdgeError,
+    JoinRefusedError,
     ServerUnreachableError,
     StorageFullError,
+    UntrustedServerError,
+    WrongServerError,
 )
 from fedra_edge.exit_codes import ExitCode, exit_code_of
 from fedra_edge.progress import ClientProgress, Phase
+from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server.config import ServerConfig
 from tests.support.edge_site import eventually
@@ -34,6 +39,7 @@ from tests.support.headquarters import Headquarters, headquarters, home_in
 from tests.support.wire_server import unused_port
 
 ROOT = Path(__file__).parents[3]
+PROBLEM = Problem.of(ProblemCode.CLIENT_REVOKED, status=403, detail="over")
 COMMANDS = ("join", "profile", "status", "rotate-key", "leave", "evaluate", "predict", "version")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("FEDRA_")},
@@ -124,7 +130,10 @@ def test_https_to_a_server_of_plain_http_says_so(hq: Headquarters, tmp_path: Pat
         (["join", "--server", "plant", "--data", "x"], "no server address"),
         (["join", "--server", "https://plant"], "no local data"),
         (["join", "--server", "https://plant"], "--data"),
+        (["join", "--server", "http://plant", "--data", "x"], "--insecure-http"),
+        (["join", "--server", "https://plant#half-a-join-string", "--data", "x"], "complete join"),
         (["status"], "no client is enrolled"),
+        (["rotate-key"], "no client is enrolled"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_3(
@@ -182,6 +191,10 @@ def test_a_home_that_cannot_be_written_is_8(images: Path, tmp_path: Path) -> Non
         (ConfigurationError("x"), ExitCode.CONFIGURATION),
         (DataError("x"), ExitCode.DATA),
         (ServerUnreachableError("x"), ExitCode.UNREACHABLE),
+        (UntrustedServerError("x"), ExitCode.UNREACHABLE),
+        (WrongServerError("x"), ExitCode.WRONG_SERVER),
+        (ClientRevokedError(PROBLEM), ExitCode.REVOKED),
+        (JoinRefusedError(PROBLEM), ExitCode.REFUSED),
         (BackendUnavailableError("x"), ExitCode.BACKEND),
         (StorageFullError("x"), ExitCode.STORAGE),
         (FedraEdgeError("x"), ExitCode.UNEXPECTED),

@@ -77,6 +77,74 @@ def test_the_error_never_repeats_a_password(server: str) -> None:
     assert "secret" not in str(refusal.value)
 
 
+ADMITTING = "t1-nobodyguessesthis"
+JOIN_STRING = f"https://hq.example:8470/fed/#{ADMITTING}.{'ab' * 32}"
+
+
+@pytest.mark.parametrize("source", ["argument", "variable"])
+def test_a_join_string_is_three_settings_in_one(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDRA_EDGE_SERVER", JOIN_STRING if source == "variable" else "x")
+    given = {} if source == "variable" else {"server": f" {JOIN_STRING}\n"}
+    config = load_config({**given, "home": tmp_path})
+    assert config.server == "https://hq.example:8470/fed"
+    assert config.ca_sha256 == "ab" * 32
+    assert config.join_secret is not None
+    assert config.join_secret.get_secret_value() == ADMITTING
+    assert ADMITTING not in f"{config!r}{config}{config.membership}{config.model_dump_json()}"
+    address = load_config({"server": config.server, "home": tmp_path})
+    assert address.membership == config.membership
+
+
+def test_what_belongs_to_another_join_string_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDRA_EDGE_SERVER", JOIN_STRING)
+    config = load_config({"server": "https://elsewhere.example"})
+    assert (config.server, config.join_secret, config.ca_sha256) == (
+        "https://elsewhere.example", None, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        JOIN_STRING[:-1], f"{JOIN_STRING}0", JOIN_STRING.replace("https", "ftp"),
+        JOIN_STRING.replace("https://", ""), f"{JOIN_STRING}#", JOIN_STRING.replace(".ab", "ab"),
+        JOIN_STRING.replace("hq", "user@hq"), JOIN_STRING.upper(),
+    ],
+)  # fmt: skip
+def test_a_damaged_join_string_is_refused_without_repeating_it(damaged: str) -> None:
+    with pytest.raises(ConfigurationError, match="--server") as refusal:
+        load_config({"server": damaged})
+    assert ADMITTING.lower() not in f"{refusal.value}{refusal.value.remedy}".lower()
+    assert refusal.value.__cause__ is None
+    assert refusal.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("server", "is_taken"),
+    [
+        ("http://127.0.0.1:8470", True), ("http://127.9.9.9", True), ("http://[::1]:1/fed", True),
+        ("http://localhost", True), ("http://hq.localhost:1", True), ("https://plant", True),
+        ("http://plant", False), ("http://10.0.0.5:8470", False), ("http://0.0.0.0", False),
+        ("http://localhost.example", False), ("http://127.0.0.1.example", False),
+        (f"http://hq.example#{ADMITTING}.{'ab' * 32}", False),
+    ],
+)  # fmt: skip
+def test_plain_http_is_for_this_machine_unless_accepted(server: str, is_taken: bool) -> None:
+    if is_taken:
+        assert not load_config({"server": server}).is_insecure
+        return
+    with pytest.raises(ConfigurationError, match="--insecure-http"):
+        load_config({"server": server})
+    assert load_config({"server": server, "insecure_http": True}).is_insecure
+
+
+def test_plain_http_can_be_accepted_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDRA_EDGE_INSECURE_HTTP", "1")
+    assert load_config({"server": "http://plant"}).is_insecure
+
+
 def test_each_server_has_its_own_identity_and_outbox(tmp_path: Path) -> None:
     one = load_config({"server": "https://plant.example:8470", "home": tmp_path})
     other = load_config({"server": "https://plant.example:8471", "home": tmp_path})

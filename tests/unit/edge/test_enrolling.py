@@ -194,6 +194,14 @@ def test_a_member_tells_nothing_to_who_has_another_authority(
     assert "pose as the server" in failure.value.remedy
 
 
+def test_a_server_that_is_called_by_another_name_says_so(scene: Scene) -> None:
+    address = scene.front.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(UntrustedServerError, match="mismatch") as failure:
+        join(scene.config(scene.join_string(address=address)))
+    assert "host_names" in failure.value.remedy
+    assert set(scene.asked) == {"GET /v1/authority"}
+
+
 def test_a_member_whose_pin_is_gone_gets_the_same_one_again(scene: Scene) -> None:
     join(scene.config())
     scene.membership.pin.forget()

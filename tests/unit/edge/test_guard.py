@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_plan_that_just_fits_is_kept(guard: PromiseGuard) -> None:
     assert guard.fitting(FIRST) is FIRST
     assert guard.step_downs == []
     assert guard.promised_bytes == FOOTPRINT.peak_bytes(FIRST)
+
+
+def test_what_may_be_occupied_between_micro_batches_follows_the_plan(
+    guard: PromiseGuard, memory: Memory
+) -> None:
+    assert guard.settled_bytes() == math.inf  # nothing has been planned
+    guard.fitting(FIRST)
+    assert guard.settled_bytes() == FOOTPRINT.settled_bytes(FIRST)
+    memory.usable_bytes = LEAST_BYTES
+    smaller = guard.fitting(FIRST)
+    assert guard.settled_bytes() == FOOTPRINT.settled_bytes(smaller)
 
 
 def test_a_byte_too_few_gives_the_fastest_plan_that_fits(

@@ -38,6 +38,14 @@ def test_deltas_are_found_again_by_a_new_process_the_oldest_first(tmp_path: Path
     assert all(parcel.file.read_bytes() == b"tensors" for parcel in parcels)
 
 
+def test_a_delta_is_new_to_be_sent_once_and_to_its_own_process(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    put(outbox, "a1")
+    assert [parcel.is_new for parcel in Outbox(tmp_path).parcels()] == [False]
+    assert [parcel.is_new for parcel in outbox.parcels()] == [True]
+    assert [parcel.is_new for parcel in outbox.parcels()] == [False]
+
+
 def test_a_delivered_delta_is_gone(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     put(outbox, "a1")

@@ -52,6 +52,39 @@ def test_the_proxy_s_password_is_not_on_the_command_line(monkeypatch: pytest.Mon
     assert Rest.from_json(told).link.proxy == proxy
 
 
+def test_the_session_goes_along_unseen_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDRA_EDGE_RESTING_SESSION", raising=False)
+    rest = replace(REST, session="nobody-else-s")
+    assert "nobody-else-s" not in rest.to_json() + repr(rest)
+    assert Rest.from_json(rest.to_json()).session is None
+    rest.hand_over()
+    assert Rest.from_json(rest.to_json()) == rest
+    assert Rest.from_json(rest.to_json()).session is None
+    rest.hand_over()
+    told = resting_of(["join"], 0)
+    assert told is not None
+    assert told.session == "nobody-else-s"
+    assert "nobody-else-s" not in repr(told)
+    assert resting_of(["join"], 0) == Resting(("join",), 0)
+
+
+@pytest.mark.parametrize("form", [["--server", "{}"], ["--server={}"]])
+def test_a_join_string_is_carried_along_without_its_secret(form: list[str]) -> None:
+    fingerprint = "ab" * 32
+    typed = [part.format(f"https://hq.example:8470/a=b#t1-secret.{fingerprint}") for part in form]
+    told = resting_of(["join", "--data", "a#b", *typed, "--name", "x"], 0)
+    bare = [part.format("https://hq.example:8470/a=b") for part in form]
+    assert told == Resting(("join", "--data", "a#b", *bare, "--name", "x"), 0)
+
+
+def test_a_resting_client_needs_no_library_for_signing() -> None:
+    script = "import sys, fedra_edge.resting; print('cryptography' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, encoding="utf-8"
+    )
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("added", [[], [CONTRIBUTED, "7"]])
 def test_what_a_rest_added_is_taken_out_again(added: list[str]) -> None:
     arguments = ["join", *added, "--server", "https://plant", "--"]

@@ -300,7 +300,7 @@ def test_a_delta_at_which_the_server_fails_holds_up_no_other_work(
     first, *others = hq.services.store.assignments(run)
     assert first.state is AssignmentState.FAILED
     assert "the server fails" in first.detail
-    assert {it.state for it in others} == {AssignmentState.MERGED}
+    assert [it.state for it in others].count(AssignmentState.MERGED) == 2
 
 
 def test_a_delta_that_nobody_waits_for_is_kept_apart(

@@ -57,14 +57,20 @@ def manifest_of(content: bytes) -> DeltaManifest:
 
 
 class Depot:
-    """Takes uploads as the protocol says; ``hold_s`` is how long it checks a complete one."""
+    """Takes uploads as the protocol says; ``hold_s`` is how long it checks a complete one.
+
+    Of the first that comes whole only the bytes before ``drops_at`` are taken, if that is set.
+    """
 
     def __init__(self) -> None:
         self.held = b""
         self.size_bytes = 0
         self.hold_s = 0.0
+        self.drops_at = 0
 
     def __call__(self, received: Received) -> Reply:
+        if received.path == routes.UPLOAD_WHOLE.path:
+            return self.take_whole(received)
         if received.method == "POST":
             self.size_bytes = DeltaManifest.model_validate_json(received.body).size_bytes
             held = len(self.held)
@@ -75,6 +81,16 @@ class Depot:
         if received.headers[routes.UPLOAD_COMPLETE_HEADER] == "?0":
             return Reply(204)
         threading.Event().wait(self.hold_s)
+        return Reply.of(DeltaReceipt(assignment_id="a1"))
+
+    def take_whole(self, received: Received) -> Reply:
+        announced_bytes = int(received.headers[routes.MANIFEST_LENGTH_HEADER])
+        told = DeltaManifest.model_validate_json(received.body[:announced_bytes])
+        self.held = received.body[announced_bytes:]
+        if self.drops_at:
+            self.held, self.drops_at = self.held[: self.drops_at], 0
+            return Reply(503)
+        assert told == manifest_of(self.held)
         return Reply.of(DeltaReceipt(assignment_id="a1"))
 
 
@@ -132,6 +148,40 @@ def test_a_large_delta_goes_in_pieces_that_are_acknowledged(tmp_path: Path) -> N
     assert told == {format_digest(sha256(content).hexdigest())}
     assert [patch.headers["Upload-Complete"] for patch in patches] == ["?0", "?0", "?1"]
     assert {patch.headers["Content-Type"] for patch in patches} == {"application/partial-upload"}
+
+
+def test_a_new_small_delta_goes_in_one_request(tmp_path: Path) -> None:
+    file = tmp_path / "delta"
+    file.write_bytes(CONTENT)
+    depot = Depot()
+    with serving(depot) as server, connected(server.url) as api:
+        api.send_delta(manifest_of(CONTENT), file, is_new=True)
+    assert [received.path for received in server.received] == [routes.UPLOAD_WHOLE.path]
+    assert depot.held == CONTENT
+
+
+def test_what_a_cut_left_of_a_small_delta_is_not_sent_again(tmp_path: Path) -> None:
+    file = tmp_path / "delta"
+    file.write_bytes(CONTENT)
+    depot = Depot()
+    depot.drops_at = 100_000
+    with serving(depot) as server, connected(server.url) as api:
+        api.send_delta(manifest_of(CONTENT), file, is_new=True)
+    whole, announced, rest = server.received
+    assert (whole.path, announced.path) == (routes.UPLOAD_WHOLE.path, routes.UPLOAD_CREATE.path)
+    assert rest.body == CONTENT[100_000:]
+    assert depot.held == CONTENT
+
+
+def test_a_large_delta_is_announced_first_however_new(tmp_path: Path) -> None:
+    content = bytes(5 * 2**20)
+    file = tmp_path / "delta"
+    file.write_bytes(content)
+    depot = Depot()
+    with serving(depot) as server, connected(server.url) as api:
+        api.send_delta(manifest_of(content), file, is_new=True)
+    assert [received.method for received in server.received] == ["POST", "PATCH"]
+    assert depot.held == content
 
 
 def test_a_resumed_download_gives_the_digest_of_the_whole(tmp_path: Path) -> None:

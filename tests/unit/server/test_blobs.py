@@ -35,6 +35,15 @@ def test_bytes_and_a_file_of_the_same_content_are_one_blob(tmp_path: Path) -> No
     assert source.exists()
 
 
+def test_several_are_added_at_once_in_their_order(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    there = blobs.put_bytes(DATA)
+    refs = blobs.put_all([[b"one"], [DATA[:10], memoryview(DATA)[10:]], [b"one"], []])
+    assert refs == [blobs.put_bytes(b"one"), there, refs[0], blobs.put_bytes(b"")]
+    assert [blobs.path(ref.sha256).read_bytes() for ref in refs] == [b"one", DATA, b"one", b""]
+    assert list((tmp_path / "incoming").iterdir()) == []
+
+
 def test_no_bytes_are_a_blob_too(tmp_path: Path) -> None:
     blobs = BlobStore(tmp_path)
     assert blobs.path(blobs.put_bytes(b"").sha256).read_bytes() == b""

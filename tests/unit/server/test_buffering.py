@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from fedra_server.errors import RefusedError
 from fedra_server.guidance import guide
 from fedra_server.previewing import preview_round
 from fedra_server.runs import AssignmentState, RunState
-from fedra_server.storage.blobs import BlobStore
+from fedra_server.storage.blobs import BlobStore, Buffer
 from fedra_server.storage.records import AssignmentRecord, MergeRecord
 from tests.support.builders import RUN
 from tests.support.headless import Headless
@@ -258,10 +258,10 @@ class InterruptedBlobs(BlobStore):
         self._meanwhile: list[Callable[[], None]] = [meanwhile]
 
     @override
-    def put_bytes(self, data: bytes) -> BlobRef:
+    def put_all(self, files: Iterable[Iterable[Buffer]]) -> list[BlobRef]:
         while self._meanwhile:
             self._meanwhile.pop()()
-        return super().put_bytes(data)
+        return super().put_all(files)
 
 
 def test_deltas_are_counted_in_while_a_buffered_merge_goes_on(server: Headless) -> None:

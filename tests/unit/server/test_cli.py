@@ -366,9 +366,10 @@ def every_command() -> list[list[str]]:
 
 def test_all_commands_are_there() -> None:
     assert {" ".join(path) for path in every_command()} == {
-        "init", "serve", "export", "audit", "disk", "prune", "version",
+        "init", "serve", "export", "disk", "prune", "version",
         "model add", "model list", "model show",
         "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
+        "audit check", "audit log", "operator add", "operator list", "operator remove",
         "client list", "client remove", "token create", "token list", "token revoke",
     }  # fmt: skip
 

@@ -10,6 +10,11 @@ from alembic import op
 revision: Final = "0004"
 down_revision: Final = "0003"
 
+_FORGET_CREDENTIALS: Final = (
+    "UPDATE clients SET public_key = 'none:' || client_id WHERE length(public_key) = 64"
+)
+"""Digests of credentials have 64 characters, keys 43."""
+
 
 def upgrade() -> None:
     """Let keys take the place of credentials, and add the tokens.
@@ -17,7 +22,7 @@ def upgrade() -> None:
     Clients of before keep their row and have no key until they enrol again with a token.
     """
     op.execute("ALTER TABLE clients RENAME COLUMN credential_sha256 TO public_key")
-    op.execute("UPDATE clients SET public_key = 'none:' || client_id")
+    op.execute(_FORGET_CREDENTIALS)
     op.create_table(
         "join_tokens",
         sa.Column("token_id", sa.String(64), primary_key=True),
@@ -33,6 +38,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tokens; the credentials do not come back."""
+    """Drop the tokens; credentials do not come back, keys stay for the next step up."""
     op.drop_table("join_tokens")
     op.execute("ALTER TABLE clients RENAME COLUMN public_key TO credential_sha256")
