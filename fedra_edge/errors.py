@@ -191,6 +191,8 @@ REFUSALS: Final[Mapping[ProblemCode, type[ServerRefusedError]]] = MappingProxyTy
         ProblemCode.NOT_PERMITTED: NotPermittedError,
         ProblemCode.NOT_FOUND: NotFoundError,
         ProblemCode.NOT_ASSIGNED: NotPermittedError,
+        ProblemCode.ROLE_INSUFFICIENT: NotPermittedError,
+        ProblemCode.STATE_CONFLICT: ServerRefusedError,
         ProblemCode.METHOD_NOT_ALLOWED: ServerRefusedError,
         ProblemCode.HTTP_MALFORMED: ServerRefusedError,
         ProblemCode.HEAD_TOO_LARGE: ServerRefusedError,

@@ -16,7 +16,6 @@ from typing import Final
 
 import numpy as np
 
-from fedra_edge.protocol.fault_points import fault_point
 from fedra_edge.protocol.ids import AssignmentId, LayerId, RevisionNumber, RunId
 from fedra_edge.protocol.layers import HEAD, LORA_A, TensorKey, layer_piece
 from fedra_edge.protocol.models import BlobRef, ModelSpec
@@ -164,7 +163,6 @@ def apply_merges(
             versions[index] += 1
             if index < len(last_trained):
                 last_trained[index] = number
-            fault_point("merge.piece")
     manifest = RevisionManifest(
         number=number, layers=tuple(pieces[:-1]), head=pieces[-1], versions=tuple(versions)
     )

@@ -28,7 +28,7 @@ FaultPoint = Literal[
     "admission.checked",  # the delta is good, and still in the place of uploads
     "admission.moved",  # it is among the deltas, and not recorded
     "admission.recorded",  # it counts, and its sender has not heard of it
-    "merge.piece",  # a piece is merged and stored, others are not
+    "merge.piece",  # all pieces are written, some have their names, which may not last yet
     "publish.decided",  # all blobs of the revision are stored, nothing is recorded
     "publish.written",  # inside the transaction that publishes
     "publish.recorded",

@@ -45,6 +45,14 @@ async def require_protocol(
     _note_skew(version[:20])
 
 
+async def check_protocol_if_told(
+    version: Annotated[str | None, Header(alias=PROTOCOL_HEADER, include_in_schema=False)] = None,
+) -> None:
+    """Turn away a caller that says it speaks another major version; it need not say any."""
+    if version is not None:
+        await require_protocol(version)
+
+
 @functools.lru_cache(maxsize=32)
 def _note_skew(version: str) -> None:
     """Log once that clients of another minor version are there."""

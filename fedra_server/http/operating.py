@@ -73,6 +73,26 @@ class JournalPage(BaseModel):
     head: str
 
 
+class HeldPiece(BaseModel):
+    """A piece of a delta that screening holds back until an operator decides."""
+
+    assignment_id: str
+    client_id: str
+    run: str
+    piece: str
+    revision: int
+    norm: float | None
+    cosine: float | None
+    reason: str
+    judged_at: float
+
+
+class Quarantine(BaseModel):
+    """All that is held back; `fedra-server quarantine` decides on it."""
+
+    pieces: tuple[HeldPiece, ...]
+
+
 @mount(router, routes.OPERATOR_RUNS, *FOR_OPERATORS)
 def list_runs(services: ServicesHere, _operator: Viewer) -> RunList:
     """List the runs."""
@@ -127,6 +147,29 @@ def remove_client(client_id: Token, services: ServicesHere, operator: Administra
     now = services.clock.now()
     end_membership(services.store, ClientId(client_id), now, removed_by=author(operator))
     services.coordinator.wake()
+
+
+@mount(router, routes.OPERATOR_QUARANTINE, *FOR_OPERATORS)
+def list_quarantine(services: ServicesHere, _operator: Viewer) -> Quarantine:
+    """List what screening holds back, with what it measured and why."""
+    store = services.store
+    with store.reading():
+        return Quarantine(
+            pieces=tuple(
+                HeldPiece(
+                    assignment_id=it.assignment_id,
+                    client_id=store.assignment(it.assignment_id).client_id,
+                    run=it.run,
+                    piece=it.piece,
+                    revision=it.revision,
+                    norm=it.norm,
+                    cosine=it.cosine,
+                    reason=it.reason,
+                    judged_at=it.judged_at,
+                )
+                for it in store.held_screenings()
+            )
+        )
 
 
 @mount(router, routes.OPERATOR_JOURNAL, *FOR_OPERATORS)

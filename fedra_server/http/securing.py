@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import psutil
 from typing_extensions import override
 
 from fedra_server.addressing import wanted_names
@@ -227,6 +226,8 @@ def _unusable(files: ChainFiles, reason: str) -> ConfigurationError:
 
 def _machine_addresses() -> tuple[str, ...]:
     """Give the addresses by which other machines may reach this one."""
+    import psutil  # a few megabytes, for servers that listen everywhere
+
     with contextlib.suppress(OSError):
         return tuple(
             address.address

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.ids import ClientId
@@ -16,7 +16,7 @@ from fedra_edge.protocol.trust import (
 )
 from fedra_server.errors import NotAuthenticatedError
 from fedra_server.http import challenges, sessions
-from fedra_server.http.auth import SpeaksProtocol
+from fedra_server.http.auth import SpeaksProtocol, check_protocol_if_told
 from fedra_server.http.mounting import mount
 from fedra_server.http.services import ServicesHere
 from fedra_server.signatures import check_signature
@@ -26,7 +26,12 @@ router = APIRouter(tags=["trust"])
 _UNKNOWN_REMEDY = "Ask the operator for a new join string ('fedra-server token create')."
 
 
-@mount(router, routes.AUTHORITY)
+@mount(
+    router,
+    routes.AUTHORITY,
+    ProblemCode.PROTOCOL_MISMATCH,
+    dependencies=[Depends(check_protocol_if_told)],
+)
 async def tell_authority(services: ServicesHere) -> Authority:
     """Tell the certificate authority to anyone; a fingerprint from elsewhere makes it trusted."""
     return services.authority

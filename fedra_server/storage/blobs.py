@@ -97,6 +97,7 @@ class BlobStore:
                 for part, target in zip(parts, targets, strict=True):
                     if not _is_made_young(target):
                         _move(part, target)
+                    fault_point("merge.piece")
                 side_by_side(sync_directory, {target.parent for target in targets})
             finally:
                 for part in parts:

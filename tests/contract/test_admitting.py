@@ -52,7 +52,7 @@ def test_a_delta_announced_anew_frees_the_space_of_the_one_before(
     for index in range(5):
         site.announce(Delta.of(bytes([index]) * size_bytes, work.assignment_id))
     claims = hq.services.quota._awaited.values()
-    assert [awaited_bytes for awaited_bytes, _ in claims].count(size_bytes) == 1
+    assert [awaited_bytes for awaited_bytes, *_ in claims].count(size_bytes) == 1
 
 
 def test_a_delta_that_cannot_be_recorded_is_not_sent_again(

@@ -33,6 +33,7 @@ NEEDED: Final[Mapping[Route, Role]] = {
     routes.OPERATOR_RUN: Role.VIEW,
     routes.OPERATOR_CLIENTS: Role.VIEW,
     routes.OPERATOR_JOURNAL: Role.VIEW,
+    routes.OPERATOR_QUARANTINE: Role.VIEW,
     routes.OPERATOR_STEER: Role.OPERATE,
     routes.OPERATOR_REMOVE_CLIENT: Role.ADMINISTER,
     routes.OPERATOR_TOKENS: Role.ADMINISTER,
@@ -94,7 +95,7 @@ def code_of(answer: httpx.Response) -> ProblemCode | None:
 
 def test_every_route_is_public_by_list_or_needs_somebody(hq: Headquarters) -> None:
     served = {
-        Route(method, route.path)
+        Route(method, route.path or "")
         for route in iter_route_contexts(create_app(hq.services).routes)
         if route.path != "/openapi.json"
         for method in route.methods or ()

@@ -20,8 +20,6 @@ from tests.support.digit_cohort import (
     save_model,
 )
 
-ROUNDS = 4
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cohort(
     directory: Path, saved: Path, defence: str, attack: Attack | None = None
 ) -> Iterator[DigitCohort]:
-    options = {**RUN, "rounds": ROUNDS, **DEFENCES[defence]}
+    options = {**RUN, **DEFENCES[defence]}
     with digit_cohort(
         directory, saved, options, attackers=0 if attack is None else ATTACKERS, attack=attack
     ) as sites:
@@ -54,8 +52,8 @@ def test_the_defended_run_is_close_to_the_clean_one_and_the_undefended_one_is_wr
     with cohort(tmp_path / "defended", saved, screened, flipped) as sites:
         defended = sites.tune()
         assert sites.quarantined() == set(range(SITES - ATTACKERS, SITES))
-        report = audit(sites.server.store, sites.server.blobs, sites.server.home)
+        report = audit(sites.server.store, sites.server.blobs, sites.server.home, run=sites.run.run)
         assert report.is_clean, report
     assert clean > start + 0.1
-    assert defended > 0.9 * clean
-    assert undefended < 0.75 * clean
+    assert defended > 0.8 * clean
+    assert undefended < 0.65 * clean

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fedra_edge.protocol import routes
-from fedra_edge.protocol.messages import EnrolRequest, FailureReport
+from fedra_edge.protocol.ids import AssignmentId
+from fedra_edge.protocol.messages import FailureReport
 from fedra_edge.protocol.problems import PROBLEM_MEDIA_TYPE, Problem, ProblemCode
 from fedra_edge.protocol.rounds import Evaluation
 from fedra_edge.protocol.slices import SliceManifest
@@ -20,9 +21,10 @@ from fedra_edge.protocol.tensors import FloatArray, serialize_tensors
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_server.config import ServerConfig
 from fedra_server.http.problems import ANSWERS
+from fedra_server.roles import OperatorRecord, Role
 from fedra_server.runs import RunState
+from fedra_server.storage.operators import new_operator_secret
 from tests.contract.conftest import Participants
-from tests.support.builders import make_profile
 from tests.support.headquarters import (
     Delta,
     Headquarters,
@@ -31,6 +33,7 @@ from tests.support.headquarters import (
     headquarters,
     home_in,
 )
+from tests.support.keys import SiteKey, authority_of
 
 
 class Scene(NamedTuple):
@@ -70,7 +73,7 @@ def method_not_allowed(scene: Scene) -> httpx.Response:
 
 
 def protocol_mismatch(scene: Scene) -> httpx.Response:
-    return scene.site.call(routes.CLIENT_STATUS, headers={PROTOCOL_HEADER: "2.0"})
+    return scene.site.call(routes.CLIENT_STATUS, headers={PROTOCOL_HEADER: "3.0"})
 
 
 def request_too_large(scene: Scene) -> httpx.Response:
@@ -144,6 +147,45 @@ def tensor_not_finite(scene: Scene) -> httpx.Response:
     return scene.send_tensors(lambda tensors: tensors[min(tensors)].fill(np.nan))
 
 
+def join_token_invalid(scene: Scene) -> httpx.Response:
+    ca_sha256 = authority_of(scene.other.http).ca_sha256
+    request = SiteKey().enrolment(ca_sha256, join_secret="00000000-guessed")  # noqa: S106
+    return scene.other.call(routes.ENROL, request)
+
+
+def signature_invalid(scene: Scene) -> httpx.Response:
+    return scene.other.call(routes.ENROL, SiteKey().enrolment("0" * 64))
+
+
+def challenge_invalid(scene: Scene) -> httpx.Response:
+    ca_sha256 = authority_of(scene.other.http).ca_sha256
+    request = SiteKey().session_request(ca_sha256, scene.other.client_id, "1.2.3")
+    return scene.other.call(routes.SESSION, request)
+
+
+def client_revoked(scene: Scene) -> httpx.Response:
+    with scene.hq.site("revoked", calibrated=False) as site:
+        site.call(routes.LEAVE)
+        return site.call(routes.CLIENT_STATUS)
+
+
+def as_operator(scene: Scene, role: Role, route: routes.Route, **parts: str) -> httpx.Response:
+    secret = new_operator_secret()
+    record = OperatorRecord(secret[:20], role, 0.0, None)
+    scene.hq.services.store.add_operator(record, secret)
+    headers = {"Authorization": f"Bearer {secret}"}
+    return httpx.request(route.method, f"{scene.hq.url}{route.fill(**parts)}", headers=headers)
+
+
+def role_insufficient(scene: Scene) -> httpx.Response:
+    return as_operator(scene, Role.SCRAPE, routes.OPERATOR_RUNS)
+
+
+def state_conflict(scene: Scene) -> httpx.Response:
+    run = scene.hq.services.store.assignment(AssignmentId(scene.work.assignment_id)).run
+    return as_operator(scene, Role.OPERATE, routes.OPERATOR_STEER, run=run, step="start")
+
+
 PROVOKED = {
     ProblemCode(function.__name__.replace("_", "-")): function
     for function in (
@@ -151,6 +193,8 @@ PROVOKED = {
         request_too_large, range_not_satisfiable, round_closed, delta_conflict, delta_too_large,
         offset_mismatch, digest_mismatch, tensors_malformed, tensor_missing, tensor_unexpected,
         tensor_shape, tensor_dtype, tensor_not_finite,
+        join_token_invalid, signature_invalid, challenge_invalid, client_revoked,
+        role_insufficient, state_conflict,
     )
 } | {ProblemCode.MALFORMED_REQUEST: malformed}  # fmt: skip
 
@@ -234,7 +278,7 @@ def test_a_wrong_protocol_is_told_before_a_wrong_credential(scene: Scene) -> Non
 def test_a_missing_protocol_or_credential_is_told(scene: Scene) -> None:
     url = f"{scene.hq.url}/v1/clients/me"
     check_problem(httpx.get(url), ProblemCode.PROTOCOL_MISMATCH)
-    answer = httpx.get(url, headers={PROTOCOL_HEADER: "1.9"})
+    answer = httpx.get(url, headers={PROTOCOL_HEADER: "2.9"})
     check_problem(answer, ProblemCode.NOT_AUTHENTICATED)
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
@@ -266,7 +310,7 @@ def test_more_correct_than_examples_is_malformed(scene: Scene) -> None:
 
 
 def test_a_misspelt_run_is_told_at_enrolment(scene: Scene) -> None:
-    request = EnrolRequest(name="plant", profile=make_profile(), run="misspelt")
+    request = SiteKey().enrolment(authority_of(scene.site.http).ca_sha256, run="misspelt")
     problem = check_problem(scene.site.call(routes.ENROL, request), ProblemCode.NOT_FOUND)
     assert "--run" in problem.remedy
 

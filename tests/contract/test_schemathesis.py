@@ -38,7 +38,7 @@ from tests.support.servers import ServerProcess, running_server
 ROUTES: Final = {
     name: value for name, value in vars(routes).items() if isinstance(value, Route)
 }  # fmt: skip
-WITHOUT_PARAMETERS: Final = {routes.LIVE, routes.READY}
+WITHOUT_PARAMETERS: Final = {routes.LIVE, routes.READY, routes.AUTHORITY}
 """There is no wrong way to call these."""
 RULES_BEYOND_A_SCHEMA: Final = {
     routes.CALIBRATE, routes.EVALUATION, routes.UPLOAD_APPEND, routes.UPLOAD_WHOLE,

@@ -42,18 +42,16 @@ def chain_of(happenings: list[tuple[float, Event, str, str, dict[str, Any]]]) ->
 CHAINS = st.lists(HAPPENINGS, min_size=1, max_size=6).map(chain_of)
 
 
-def other_value(value: object, data: st.DataObject) -> object:
+def other_value(value: object, data: st.DataObject) -> Any:  # noqa: ANN401 (for any column)
     """Change one character of a text, or a number into another."""
     if isinstance(value, str):
         place = data.draw(st.integers(0, len(value)))
-        changed = data.draw(st.sampled_from([
+        return data.draw(st.sampled_from([
             value[:place] + data.draw(st.characters()) + value[place + 1 :],
             value[:place] + value[place + 1 :],
             value[:place] + data.draw(st.characters()) + value[place:],
         ]))  # fmt: skip
-    else:
-        changed = data.draw(st.floats(0, 4e9) | st.integers(0, 10) | st.none() | st.binary())
-    return changed
+    return data.draw(st.floats(0, 4e9) | st.integers(0, 10) | st.none() | st.binary())
 
 
 @given(CHAINS)
@@ -74,7 +72,8 @@ def test_a_change_of_any_character_of_any_entry_is_found(
     column = data.draw(st.sampled_from(COLUMNS))
     before = asdict(chain[index])[column]
     after = other_value(before, data)
-    chain[index] = replace(chain[index], **{column: after})
+    changed: dict[str, Any] = {column: after}
+    chain[index] = replace(chain[index], **changed)
     is_changed = type(before) is not type(after) or before != after
     found = verify(chain)
     assert isinstance(found, BrokenChain) == is_changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -115,7 +116,7 @@ def test_a_challenge_is_good_once_unaltered_and_for_a_while(
     drawn.take(challenge, NOW + age_s)
     place %= len(challenge)
     altered = challenge[:place] + chr(ord(challenge[place]) ^ flip) + challenge[place + 1 :]
-    refused = [
+    refused: list[Callable[[], None]] = [
         lambda: drawn.take(challenge, NOW + age_s),
         lambda: drawn.check(challenge, NOW + challenges.LIFETIME_S + 1),
         lambda: drawn.check(altered, NOW + age_s),
@@ -154,7 +155,7 @@ def test_of_many_who_take_a_challenge_at_once_one_gets_it() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 50_000)), max_size=30))
 def test_a_client_has_few_sessions_and_none_for_ever(opened: list[tuple[int, float]]) -> None:
     kept = Sessions()
-    now, last = NOW, dict[str, tuple[str, float]]()
+    now, last = NOW, dict[ClientId, tuple[str, float]]()
     for number, later_s in opened:
         now += later_s
         client = ClientId(f"client-{number}")
@@ -164,7 +165,7 @@ def test_a_client_has_few_sessions_and_none_for_ever(opened: list[tuple[int, flo
     for client, (secret, since) in last.items():
         alive = now < since + sessions.LIFETIME_S
         assert kept.client_of(secret, now) == (client if alive else None)
-        kept.end_all(ClientId(client))
+        kept.end_all(client)
         assert kept.client_of(secret, now) is None
     assert kept.client_of("nobody's", now) is None
     assert len(kept) == 0

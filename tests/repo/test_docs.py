@@ -40,6 +40,13 @@ def test_tests_and_modules_that_documents_name_exist(document: Path) -> None:
         assert (ROOT / target).exists(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_single_tests_that_documents_name_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for file, name in re.findall(r"`(tests/[\w./]+)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 GOALS = [
     "install", "demo", "test", "check", "format", "bench", "fuzz", "sbom", "audit-dependencies",
 ]  # fmt: skip

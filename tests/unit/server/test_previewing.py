@@ -155,7 +155,7 @@ def test_the_json_form_has_exactly_the_documented_fields(server: Headless) -> No
     told = json.loads(previewed(server).model_dump_json())
     assert set(told) == {
         "run", "state", "model", "spec", "num_layers", "round", "training_s", "coverage",
-        "clients",
+        "holders_needed", "clients",
     }  # fmt: skip
     [client] = told["clients"]
     assert set(client) == {
