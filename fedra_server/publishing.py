@@ -32,6 +32,7 @@ from fedra_server.storage.records import MergeRecord, RevisionRecord
 Scales = Mapping[tuple[AssignmentId, str], float]
 NO_SCALES: Final[Scales] = MappingProxyType({})
 
+
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """An admitted delta: who made it, which of its pieces are not merged yet, and its file.

@@ -135,7 +135,9 @@ def _judge_piece(
     """Judge by norms and directions, where there are enough clients for each."""
     by_client = {it.client_id: it for it in reversed(holders)}
     norms = [it.norm for it in by_client.values()]
-    median = lower_median(norms) if len(norms) >= HOLDERS_FOR_NORMS else math.inf
+    median = math.inf
+    if len(norms) >= HOLDERS_FOR_NORMS:
+        median = lower_median(norms) or math.inf  # nothing can be held against nothing
     cosines = [it.cosine for it in by_client.values() if it.cosine is not None]
     bound = _bound(cosines, _ALONE * spec.screening.cosine_floor)
     found: Judgements = {}

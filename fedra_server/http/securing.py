@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 _MOST_ENTERING: Final = 256
 """Handshakes at once; whoever has taken longest makes room for the next."""
-_FAREWELL_S: Final = 2
-"""How long a connection may take to say goodbye."""
+_FAREWELL_S: Final = 30
+"""How long the last bytes of a connection may take, over whatever link, with the goodbye."""
+_LAST_FAREWELL_S: Final = 1
+"""The same when the server stops."""
 _BUFFER_BYTES: Final = 2**15
 """What a connection reads at once; asyncio's own 256 KiB for each would be a lot for thousands."""
 _NOBODY_WAITS: Final[Any] = None
@@ -114,15 +116,18 @@ class Doors:
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
         self._entering: dict[_Door, None] = {}
+        self._all: set[_Door] = set()
 
     def __call__(self, **of_server: Any) -> SSLProtocol:  # noqa: ANN401 (uvicorn's own)
         """Await one connection; uvicorn calls this as it would call a protocol."""
-        return _Door(self._context, self._entering, _Room(**of_server))
+        return _Door(self._context, self._entering, self._all, _Room(**of_server))
 
     def close(self) -> None:
-        """Let go of everyone who has not entered."""
+        """Let go of everyone who has not entered, and have the others leave without delay."""
         for door in list(self._entering):
             door.abort()
+        for door in self._all:
+            door.hurry()
 
 
 class _Room(BoundedProtocol):
@@ -142,7 +147,13 @@ class _Door(SSLProtocol):
 
     max_size = _BUFFER_BYTES
 
-    def __init__(self, context: ssl.SSLContext, entering: dict[_Door, None], room: _Room) -> None:
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        entering: dict[_Door, None],
+        everyone: set[_Door],
+        room: _Room,
+    ) -> None:
         super().__init__(
             asyncio.get_running_loop(),
             room,
@@ -155,6 +166,7 @@ class _Door(SSLProtocol):
         room.door = self
         self._room = room
         self._entering = entering
+        self._all = everyone
         self._plain: asyncio.Transport | None = None
         self._has_begun = False
 
@@ -170,6 +182,7 @@ class _Door(SSLProtocol):
         if len(self._entering) >= _MOST_ENTERING:
             next(iter(self._entering)).abort()
         self._entering[self] = None
+        self._all.add(self)
         super().connection_made(transport)
 
     @override
@@ -185,11 +198,16 @@ class _Door(SSLProtocol):
     @override
     def connection_lost(self, exc: BaseException | None) -> None:
         self._entering.pop(self, None)
+        self._all.discard(self)
         super().connection_lost(exc)
 
     def open(self) -> None:
         """Let the connection in: it counts as one of the server's from here."""
         self._entering.pop(self, None)
+
+    def hurry(self) -> None:
+        """Wait hardly at all for the other side's goodbye."""
+        self._ssl_shutdown_timeout = _LAST_FAREWELL_S
 
     def abort(self) -> None:
         """End the connection without another word."""

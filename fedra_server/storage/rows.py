@@ -174,7 +174,9 @@ def merge_record(row: AnyRow) -> MergeRecord:
 
 def screening_values(record: ScreeningRecord) -> Values:
     """Give the columns of a screening."""
-    return {name: getattr(record, name) for name in _SCREENING_COLUMNS}
+    columns: Values = {name: getattr(record, name) for name in _SCREENING_COLUMNS}
+    outcome = None if record.outcome is None else record.outcome.value
+    return {**columns, "verdict": record.verdict.value, "outcome": outcome}
 
 
 def screening_record(row: AnyRow) -> ScreeningRecord:

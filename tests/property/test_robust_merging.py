@@ -182,6 +182,11 @@ def test_a_turned_piece_does_not_condemn_the_rest_of_a_delta() -> None:
         assert told[-1] is expected
 
 
+def test_where_most_deltas_are_nothing_the_others_are_left_alone() -> None:
+    told = verdicts(make_run_spec(), measures([0.0, 0.0, 5.0]))
+    assert told == [Verdict.ACCEPTED] * 3
+
+
 def test_a_clipped_delta_ends_at_the_bound() -> None:
     spec = robust("norm-clipped-mean")
     found = judge(spec, measures([1.0, 2.0, 4.0]))

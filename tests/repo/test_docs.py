@@ -15,10 +15,13 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )  # fmt: skip
 COMMANDS = {
-    "fedra_edge": ["join", "profile", "status", "leave", "evaluate", "predict", "version"],
+    "fedra_edge": [
+        "join", "profile", "status", "rotate-key", "leave", "evaluate", "predict", "version",
+    ],
     "fedra_server": [
         "init", "serve", "export", "audit", "prune", "version",
-        "model add", "model list", "model show", "client list", "audit log", "operator add",
+        "model add", "model list", "model show", "client list", "client remove", "audit log",
+        "operator add", "token create", "token list", "token revoke",
         "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
         "quarantine list", "quarantine show", "quarantine release", "quarantine discard",
     ],
