@@ -20,10 +20,12 @@ from tests.support.digit_cohort import ATTACKS, Digits, digit_cohort, save_model
 
 ATTACKERS: Final = 3
 UNDEFENDED: Final = "undefended mean"
-_TOLERANT: Final = {"tolerated_attackers": ATTACKERS}
+SCREENED: Final = "screened mean"
+_STRICT: Final = {"screening": {"cosine_floor": -0.15}}
+_TOLERANT: Final = {"tolerated_attackers": ATTACKERS, **_STRICT}
 DEFENCES: Final[Mapping[str, Mapping[str, object]]] = {
     UNDEFENDED: {"screening": {"enabled": False}},
-    "screened mean (the default)": {},
+    SCREENED: _STRICT,
     "screened norm-clipped-mean": {"merge": "norm-clipped-mean", **_TOLERANT},
     "screened trimmed-mean": {"merge": "trimmed-mean", "trim_fraction": 0.45, **_TOLERANT},
     "screened coordinate-median": {"merge": "coordinate-median", **_TOLERANT},

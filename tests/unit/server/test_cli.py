@@ -371,7 +371,6 @@ def test_all_commands_are_there() -> None:
         "run create", "run start", "run pause", "run stop", "run status", "run list", "run plan",
         "audit check", "audit log", "operator add", "operator list", "operator remove",
         "client list", "client remove", "token create", "token list", "token revoke",
-        "operator add", "operator list", "operator remove",
         "quarantine list", "quarantine show", "quarantine release", "quarantine discard",
     }  # fmt: skip
 
