@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -88,9 +89,6 @@ class TorchEngine:
         for parameter in self._parameters.values():
             if parameter.grad is None:  # in a block's midst it would leave a gap
                 parameter.grad = torch.zeros_like(parameter)
-        for parameter in self._parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         return self._slice.accumulate(entering, label_ids, num_examples)
 
     def step(self) -> None:
@@ -130,13 +128,16 @@ class TorchEngine:
     def _load_slice(self, plan: MemoryPlan) -> TrainableSlice:
         keep_freed_memory()
         slice_type = ResidentSlice if plan.residency == "resident" else StreamedSlice
-        return slice_type(self._work, self._parameters, self._device, self._settle)
-
-    def _settle(self) -> None:
-        trim_heap_beyond(self._settled_bytes())
+        settle = partial(_settle, self._settled_bytes)  # not this object: a cycle outlives its use
+        return slice_type(self._work, self._parameters, self._device, settle)
 
     @property
     def _slice(self) -> TrainableSlice:
         if self._loaded is None:
             raise RuntimeError("no slice has been loaded")
         return self._loaded
+
+
+def _settle(settled_bytes: Callable[[], float]) -> None:
+    """Give unused memory back when the process occupies more than it may between micro-batches."""
+    trim_heap_beyond(settled_bytes())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -16,10 +18,11 @@ from fedra_edge.data.dataset import Example
 from fedra_edge.data.matching import match_labels
 from fedra_edge.errors import MemoryShortError, SliceError, TrainingInterrupted
 from fedra_edge.protocol.footprint import MemoryPlan
-from fedra_edge.protocol.slices import TrainingSpec
+from fedra_edge.protocol.slices import Residency, TrainingSpec
 from fedra_edge.training import TrainedSlice, load_trainer
 from fedra_edge.training.memory_shortage import is_memory_shortage
 from fedra_edge.training.sampling import draw_batches
+from fedra_edge.training.torch_engine import TorchEngine
 from fedra_edge.training.torch_trainer import TorchTrainer
 from tests.support.surroundings import guard_of, room_for
 from tests.support.tiny_vit import ADAPTER, LABELS, NoiseImages, TinyVit, noise_data
@@ -126,6 +129,20 @@ def test_training_stops_between_steps(tiny: TinyVit) -> None:
     with pytest.raises(TrainingInterrupted):
         TorchTrainer(CPU).train(work, noise_data(), surroundings)
     assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("residency", ["resident", "streamed"])
+def test_weights_are_let_go_with_the_engine(tiny: TinyVit, residency: Residency) -> None:
+    """A cycle of references would keep them until the collector of cycles comes by."""
+    engine = TorchEngine(tiny.work([0, 1]), CPU)
+    engine.load(MemoryPlan(residency, micro_batch=1, walk_batch=1))
+    leftover = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert leftover() is None
+    finally:
+        gc.enable()
 
 
 def test_a_diverged_training_is_an_error(tiny: TinyVit) -> None:
