@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,12 +24,16 @@ from fedra_edge.errors import IdentityError
 from fedra_edge.protocol.trust import to_base64url
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from nacl.signing import SigningKey
 
 LOGGER: Final = logging.getLogger(__name__)
 FILE_NAME: Final = "key.pem"
 NEXT_NAME: Final = "next-key.pem"
 _DAMAGED: Final = "damaged"
+_PEM_BEGIN: Final = b"-----BEGIN PRIVATE KEY-----\n"
+_PEM_END: Final = b"\n-----END PRIVATE KEY-----\n"
+_PKCS8_ED25519: Final = bytes.fromhex("302e020100300506032b657004220420")
+"""What stands before the 32 secret bytes of an Ed25519 key in PKCS8 (RFC 8410)."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,14 @@ class ClientKey:
     """An Ed25519 key pair; its private half never shows in a representation or a log."""
 
     public_key: str
-    _private: Ed25519PrivateKey = field(repr=False, compare=False)
+    _private: SigningKey = field(repr=False, compare=False)
 
     @classmethod
     def make(cls) -> ClientKey:
         """Draw a new pair."""
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from nacl.signing import SigningKey
 
-        return cls._of(Ed25519PrivateKey.generate())
+        return cls._of(SigningKey.generate())
 
     @classmethod
     def from_pem(cls, pem: bytes) -> ClientKey:
@@ -52,35 +57,26 @@ class ClientKey:
         Raises:
             ValueError: It is no such key.
         """
-        from cryptography.exceptions import UnsupportedAlgorithm
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+        from nacl.signing import SigningKey
 
-        try:
-            private = load_pem_private_key(pem, password=None)
-        except (TypeError, UnsupportedAlgorithm) as error:
-            raise ValueError("the key is encrypted, or of an unknown kind") from error
-        if not isinstance(private, Ed25519PrivateKey):
-            raise ValueError("this is no Ed25519 key")  # noqa: TRY004 (a wrong value in a file)
-        return cls._of(private)
+        text = pem.removeprefix(_PEM_BEGIN).removesuffix(_PEM_END)
+        seed = b64decode(text, validate=True).removeprefix(_PKCS8_ED25519)
+        key = cls._of(SigningKey(seed))
+        if key.to_pem() != pem:
+            raise ValueError("this is no Ed25519 key in PKCS8, or not all of it")
+        return key
 
     @classmethod
-    def _of(cls, private: Ed25519PrivateKey) -> ClientKey:
-        return cls(to_base64url(private.public_key().public_bytes_raw()), private)
+    def _of(cls, private: SigningKey) -> ClientKey:
+        return cls(to_base64url(bytes(private.verify_key)), private)
 
     def to_pem(self) -> bytes:
-        """Write the private half as PKCS8."""
-        from cryptography.hazmat.primitives.serialization import (
-            Encoding,
-            NoEncryption,
-            PrivateFormat,
-        )
-
-        return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        """Write the private half as PKCS8, which for this kind of key has one form."""
+        return _PEM_BEGIN + b64encode(_PKCS8_ED25519 + bytes(self._private)) + _PEM_END
 
     def sign(self, message: bytes) -> str:
         """Sign as the protocol writes signatures."""
-        return to_base64url(self._private.sign(message))
+        return to_base64url(self._private.sign(message).signature)
 
 
 class KeyFiles:

@@ -13,8 +13,11 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from fedra_edge.protocol.trust import Authority, certificate_sha256
 from fedra_server.config import ServerHome
@@ -66,6 +69,22 @@ class AuthorityFiles:
         """The server's key, its certificate and the authority's, in this order."""
         return self.directory / "server.pem"
 
+    @property
+    def issued(self) -> Path:
+        """What is in the server's certificate, for who would not load a library to read it."""
+        return self.directory / "issued.json"
+
+
+class _Issued(BaseModel):
+    """What there is to know of the certificate in a file, which no other content has."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    file_sha256: str
+    names: frozenset[str]
+    valid_from: AwareDatetime
+    valid_until: AwareDatetime
+
 
 def ensure_authority(home: ServerHome) -> Authority:
     """Give a home's authority; a home that has none gets one.
@@ -107,16 +126,45 @@ def refresh_certificate(
         StorageError: The disk refused.
     """
     files = AuthorityFiles.of(home)
-    wanted = frozenset(map(_checked_name, names))
-    if _is_due(files.server, files.certificate, wanted, lifetime, now):
-        write_durably(files.server, _issue(files, wanted, lifetime, now), is_private=True)
+    if is_certificate_due(home, names, lifetime, now):
+        pem, issued = _issue(files, _checked_names(names), lifetime, now)
+        write_durably(files.server, pem, is_private=True)
+        write_durably(files.issued, issued.model_dump_json().encode())
     return files.server
 
 
-def certificate_names(path: Path) -> frozenset[str]:
-    """Give the host names and addresses that a certificate is for; none where it is no good."""
-    leaf = _read_leaf(path)
-    return frozenset() if leaf is None else _names_of(leaf)
+def is_certificate_due(
+    home: ServerHome, names: Iterable[str], lifetime: timedelta, now: datetime
+) -> bool:
+    """Tell whether the server's certificate is to be issued anew; this needs no library.
+
+    Raises:
+        ConfigurationError: The authority cannot be read, or a name is none.
+    """
+    files = AuthorityFiles.of(home)
+    wanted = _checked_names(names)
+    issued = _read_issued(files)
+    if issued is None or not wanted <= issued.names:
+        return True
+    left = issued.valid_until - now
+    return not (lifetime * _RENEWED_FROM <= left <= lifetime and issued.valid_from <= now)
+
+
+def certificate_names(home: ServerHome) -> frozenset[str]:
+    """Give the names and addresses that the server's certificate is for; none if it is no good."""
+    issued = _read_issued(AuthorityFiles.of(home))
+    return frozenset() if issued is None else issued.names
+
+
+def _read_issued(files: AuthorityFiles) -> _Issued | None:
+    """Read what the authority there is has issued; None unless the files agree."""
+    try:
+        issued = _Issued.model_validate_json(files.issued.read_bytes())
+        pem, authority = files.server.read_bytes(), files.certificate.read_bytes()
+    except (OSError, ValueError):
+        return None
+    agree = sha256(pem).hexdigest() == issued.file_sha256 and pem.endswith(authority)
+    return issued if agree else None
 
 
 def _make(files: AuthorityFiles, now: datetime) -> None:
@@ -162,22 +210,9 @@ def _move_unless_there(new: Path, place: Path) -> None:
     sync_directory(place.parent)
 
 
-def _is_due(
-    path: Path, ca: Path, wanted: frozenset[str], lifetime: timedelta, now: datetime
-) -> bool:
-    leaf = _read_leaf(path)
-    if leaf is None or not wanted <= _names_of(leaf):
-        return True
-    if ca.read_bytes().strip() not in path.read_bytes():  # issued by an authority of before
-        return True
-    left = leaf.not_valid_after_utc - now
-    is_young = lifetime * _RENEWED_FROM <= left <= lifetime and leaf.not_valid_before_utc <= now
-    return not (is_young and _has_key_of(path, leaf))
-
-
 def _issue(
     files: AuthorityFiles, names: frozenset[str], lifetime: timedelta, now: datetime
-) -> bytes:
+) -> tuple[bytes, _Issued]:
     """Make a new key and a certificate for it; give them in PEM, the authority's at the end."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -206,8 +241,14 @@ def _issue(
     for extension, is_critical in extensions:
         builder = builder.add_extension(extension, critical=is_critical)
     leaf = builder.sign(authority_key, hashes.SHA256())
-    chain = (leaf, authority)
-    return _key_pem(key) + b"".join(it.public_bytes(serialization.Encoding.PEM) for it in chain)
+    certificate = leaf.public_bytes(serialization.Encoding.PEM)
+    pem = _key_pem(key) + certificate + files.certificate.read_bytes()
+    return pem, _Issued(
+        file_sha256=sha256(pem).hexdigest(),
+        names=names,
+        valid_from=leaf.not_valid_before_utc,
+        valid_until=leaf.not_valid_after_utc,
+    )
 
 
 def _load(files: AuthorityFiles, now: datetime) -> tuple[x509.Certificate, EllipticCurvePrivateKey]:
@@ -233,35 +274,8 @@ def _load(files: AuthorityFiles, now: datetime) -> tuple[x509.Certificate, Ellip
     return authority, key
 
 
-def _read_leaf(path: Path) -> x509.Certificate | None:
-    """Read the first certificate of a file; None when there is none that can be read."""
-    from cryptography import x509
-
-    try:
-        return x509.load_pem_x509_certificates(path.read_bytes())[0]
-    except (OSError, ValueError):
-        return None
-
-
-def _has_key_of(path: Path, leaf: x509.Certificate) -> bool:
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError):
-        return False
-    return key.public_key() == leaf.public_key()
-
-
-def _names_of(leaf: x509.Certificate) -> frozenset[str]:
-    from cryptography import x509
-
-    try:
-        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        return frozenset()
-    hosts = names.get_values_for_type(x509.DNSName)
-    return frozenset((*hosts, *map(str, names.get_values_for_type(x509.IPAddress))))
+def _checked_names(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(map(_checked_name, names))
 
 
 def _checked_name(name: str) -> str:

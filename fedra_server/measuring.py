@@ -1,7 +1,8 @@
 """Measures the pieces of deltas on the disk: how long each is, and which way the others point.
 
-Sums are folded by halves, element by element, so they have the same bits on every machine.
-Memory is bounded by the pieces at hand, whatever the number of deltas.
+Products are added block by block to as many sums side by side as a block has values, and these are
+folded by halves: element by element, so they have the same bits on every machine. Memory is
+bounded by the pieces at hand, whatever the number of deltas.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from io import FileIO
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -30,6 +32,9 @@ from fedra_server.summing import (
     spans_of,
     sum_deltas,
 )
+
+_BLOCK_VALUES: Final = 2**14
+"""So many values are read and multiplied while they are in the processor's cache."""
 
 Holdings = Mapping[AssignmentId, tuple[ClientId, frozenset[str]]]
 """Who made each delta, and which of its pieces are measured."""
@@ -93,10 +98,7 @@ class _Group:
         )
 
     def measures(self) -> Iterator[Measure]:
-        norms = {
-            (assignment_id, piece): math.sqrt(folded_sum(values * values))
-            for assignment_id, piece, values in self._values(self._spans.keys())
-        }
+        norms = {key: math.sqrt(it) for key, it in self._products(self._spans.keys())}
         cosines = self._cosines(norms)
         for (assignment_id, piece), norm in norms.items():
             client_id, _ = self._held[assignment_id]
@@ -133,36 +135,55 @@ class _Group:
             if piece in judged
         }
         found = {}
-        for assignment_id, piece, values in self._values(judged):
-            key = (assignment_id, piece)
+        for key, product in self._products(judged, total):
             if norms[key] > 0:
-                along = folded_sum(values * total[self._spans[piece]]) / norms[key]
-                rest = lengths[piece] - 2 * shares[key] * along + shares[key] ** 2
+                along = product / norms[key]
+                rest = lengths[key[1]] - 2 * shares[key] * along + shares[key] ** 2
                 if rest > 0:
                     cosine = (along - shares[key]) / math.sqrt(rest)
                     found[key] = min(max(cosine, -1.0), 1.0)
         return found
 
-    def _values(self, wanted: AbstractSet[str]) -> Iterator[tuple[AssignmentId, str, Float64Array]]:
-        """Read the deltas one after the other, and give those pieces of each."""
+    def _products(
+        self, wanted: AbstractSet[str], other: Float64Array | None = None
+    ) -> Iterator[tuple[tuple[AssignmentId, str], float]]:
+        """Read the deltas one after the other; multiply pieces with themselves or another sum."""
         places = list(places_of(self._sizes))
+        product = _Product()
         for assignment_id, (_, pieces) in self._held.items():
             weights = {piece: 1.0 for piece in pieces if piece in wanted}
             if weights:
                 with FileIO(self._delta_file(assignment_id)) as file:
                     spans = spans_of(file, places, weights)
                     for piece in weights:
-                        yield assignment_id, piece, _read(file, spans, self._spans[piece])
+                        place = self._spans[piece]
+                        yield (assignment_id, piece), product.of(file, spans, place, other)
 
 
-def _read(file: FileIO, spans: Iterable[Span], place: slice) -> Float64Array:
-    """Read the values of one place of the sum."""
-    values = np.empty(place.stop - place.start, dtype="<f4")
-    for span in spans:
-        first, last = max(place.start, span.start), min(place.stop, span.stop)
-        if first < last:
-            read_span(file, span, first, values[first - place.start : last - place.start])
-    return values.astype(np.float64)
+class _Product:
+    """Multiplies values of files, a block at a time, in memory that is taken once."""
+
+    def __init__(self) -> None:
+        self._narrow = np.empty(_BLOCK_VALUES, dtype="<f4")
+        self._wide = np.empty(_BLOCK_VALUES, dtype=np.float64)
+
+    def of(
+        self, file: FileIO, spans: Iterable[Span], place: slice, other: Float64Array | None
+    ) -> float:
+        """Give the scalar product of one place of the sum with itself or with another sum's."""
+        near = [it for it in spans if it.start < place.stop and place.start < it.stop]
+        sums = np.zeros(min(_BLOCK_VALUES, place.stop - place.start), dtype=np.float64)
+        for start in range(place.start, place.stop, _BLOCK_VALUES):
+            stop = min(start + _BLOCK_VALUES, place.stop)
+            narrow, wide = self._narrow[: stop - start], self._wide[: stop - start]
+            for span in near:
+                first, last = max(start, span.start), min(stop, span.stop)
+                if first < last:
+                    read_span(file, span, first, narrow[first - start : last - start])
+            np.copyto(wide, narrow)
+            wide *= wide if other is None else other[start:stop]
+            sums[: stop - start] += wide
+        return folded_sum(sums)
 
 
 def _piece_spans(sizes: Mapping[str, int]) -> Iterator[tuple[str, slice]]:

@@ -96,7 +96,7 @@ class ScreeningSpec(BaseModel):
     enabled: bool = True
     clip_factor: Annotated[float, Field(ge=0.01, le=1000)] | None = None
     quarantine_factor: Annotated[float, Field(ge=1, le=1e6)] = 8.0
-    cosine_floor: Annotated[float, Field(ge=-1, lt=0)] = -0.3
+    cosine_floor: Annotated[float, Field(ge=-1, lt=0)] = -0.25
     examples_factor: Annotated[float, Field(ge=1, le=1e6)] = 10.0
 
 

@@ -13,13 +13,12 @@ def check_signature(public_key: str, signature: str, message: bytes) -> None:
     Raises:
         RefusedError: It was another key, or another message.
     """
-    from cryptography.exceptions import InvalidSignature  # loaded with the first client
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from nacl.exceptions import BadSignatureError  # loaded with the first client
+    from nacl.signing import VerifyKey
 
     try:
-        key = Ed25519PublicKey.from_public_bytes(from_base64url(public_key))
-        key.verify(from_base64url(signature), message)
-    except (InvalidSignature, ValueError) as error:
+        VerifyKey(from_base64url(public_key)).verify(message, from_base64url(signature))
+    except (BadSignatureError, ValueError) as error:
         raise RefusedError(
             ProblemCode.SIGNATURE_INVALID, "the signature is not of this key, server and purpose"
         ) from error

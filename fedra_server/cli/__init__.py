@@ -11,6 +11,7 @@ from fedra_server.errors import ConfigurationError, FedraServerError
 from fedra_server.exit_codes import ExitCode, exit_code_of
 
 _JSON: Final = "--json"
+_SERVE: Final = "serve"
 _USAGE_REMEDY: Final = "See `fedra-server --help`, and --help after any command."
 
 
@@ -30,8 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None, *, as_json: bool) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    program = "fedra-server"
     try:
-        from fedra_server.cli.app import app
+        if given[:1] == [_SERVE]:
+            from fedra_server.cli.serving import app
+
+            program = f"{program} {given.pop(0)}"
+        else:
+            from fedra_server.cli.app import app
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fedra"):
             raise
@@ -39,9 +47,9 @@ def _run(arguments: Sequence[str] | None, *, as_json: bool) -> int:
             f"the server needs {error.name}", remedy='pip install "fedra[server]"'
         ) from error
     if not as_json:
-        app(args=arguments, prog_name="fedra-server")
+        app(args=given, prog_name=program)
     try:
-        ended = app(args=arguments, prog_name="fedra-server", standalone_mode=False)
+        ended = app(args=given, prog_name=program, standalone_mode=False)
     except Exception as error:
         # typer carries a click of its own and exports no base class of its usage errors
         describe = getattr(error, "format_message", None)

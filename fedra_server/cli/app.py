@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 import typer
 from pydantic import JsonValue
@@ -22,6 +21,7 @@ from fedra_server.cli import (
     pruning,
     quarantine,
     runs,
+    serving,
     tokens,
 )
 from fedra_server.cli.disk import show_disk
@@ -34,7 +34,6 @@ from fedra_server.cli.workplace import (
     advising,
     check_access,
     example,
-    initialised_home,
     open_workplace,
 )
 from fedra_server.config import CONFIG_TEMPLATE, ServerConfig, ServerHome
@@ -43,10 +42,6 @@ from fedra_server.settings_file import Setting, with_settings
 from fedra_server.storage.durability import disk_errors, write_durably
 from fedra_server.storage.runs import manifest_sha256
 from fedra_server.storage.store import Store
-
-_UNLESS_SET: Final = "{} unless server.toml says otherwise"
-_HOST: Final = ServerConfig.model_fields["host"].default
-_PORT: Final = ServerConfig.model_fields["port"].default
 
 app = typer.Typer(
     help="Tune a foundation model together with machines that cannot hold it.",
@@ -63,6 +58,7 @@ app.add_typer(tokens.app, name="token")
 app.add_typer(operators.app, name="operator")
 app.add_typer(audit.app, name="audit")
 app.add_typer(quarantine.app, name="quarantine")
+app.command(epilog=serving.EXAMPLE)(serving.serve)
 app.command("disk", epilog=example("disk --home /srv/fedra --json"))(show_disk)
 app.command(epilog=example("prune digits --keep-revisions 5 --dry-run"))(pruning.prune)
 
@@ -118,33 +114,6 @@ def _prepare_certificate(home: ServerHome, config: ServerConfig) -> None:
 
     check_exposure(config)
     ServerTls(home, config)
-
-
-@app.command(epilog=example("serve --host 0.0.0.0 --port 8470"))
-def serve(
-    home: HomeOption = DEFAULT_HOME,
-    host: Annotated[
-        str | None, typer.Option(help=f"Address to listen on; {_UNLESS_SET.format(_HOST)}.")
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=65_535, help=f"Port; {_UNLESS_SET.format(_PORT)}; 0 takes any free one."
-        ),
-    ] = None,
-) -> None:
-    """Serve the clients until stopped by SIGINT or SIGTERM."""
-    place = initialised_home(home)
-    config = ServerConfig.load(place)
-    chosen = {"host": host, "port": port}
-    config = config.model_copy(update={k: v for k, v in chosen.items() if v is not None})
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    from fedra_server.http import serving
-
-    raise typer.Exit(serving.serve(place, config))
 
 
 @app.command(epilog=example("export --run digits --out digits-adapter"))

@@ -139,7 +139,7 @@ def _warn_of_names(place: Workplace, address: str) -> None:
         return
     issued = AuthorityFiles.of(place.home).server
     is_own = place.config.certificate_file is None and issued.exists()
-    if parts.scheme == "https" and is_own and host not in certificate_names(issued):
+    if parts.scheme == "https" and is_own and host not in certificate_names(place.home):
         typer.echo(
             f"The server's certificate does not name {host}: add it to host_names in server.toml "
             "and start the server again, unless a reverse proxy answers there.",

@@ -8,17 +8,17 @@ import logging
 import socket
 import ssl
 from asyncio.sslproto import SSLProtocol
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
 from fedra_server.addressing import wanted_names
-from fedra_server.authority import refresh_certificate
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import ConfigurationError, FedraServerError
 from fedra_server.http.connections import MAX_HEAD_S, BoundedProtocol
+from fedra_server.issuing import issue_if_due
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ class ServerTls:
             ConfigurationError: The certificate cannot work.
             StorageError: The disk refused.
         """
-        files = self._files()
+        self._show(self._files())
+
+    def _show(self, files: ChainFiles) -> None:
         try:
             stamp = files.stamp
         except OSError as error:
@@ -95,7 +97,7 @@ class ServerTls:
         while True:
             await asyncio.sleep(self.check_every_s)
             try:
-                self.refresh()
+                self._show(await asyncio.to_thread(self._files))
             except FedraServerError as error:
                 logger.error("the certificate stays as it is: %s; %s", error, error.remedy)  # noqa: TRY400
 
@@ -107,7 +109,7 @@ class ServerTls:
             return ChainFiles(base / config.certificate_file, key)
         names = wanted_names(config, socket.gethostname(), _machine_addresses())
         lifetime = timedelta(days=config.certificate_days)
-        return ChainFiles(refresh_certificate(self._home, names, lifetime, datetime.now(UTC)))
+        return ChainFiles(issue_if_due(self._home, names, lifetime))
 
 
 class Doors:

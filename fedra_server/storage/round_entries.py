@@ -32,7 +32,7 @@ def plan_sha256(work: Iterable[tuple[str, str, str, float]]) -> str:
 def merges_sha256(merges: Iterable[MergeRecord | AnyRow]) -> str:
     """Digest what a revision was merged of, in whatever order it is given."""
     rows: list[JsonValue] = [
-        [it.assignment_id, it.piece, it.weight, it.staleness]
+        [it.assignment_id, it.piece, it.weight, it.staleness, it.scale]
         for it in sorted(merges, key=lambda it: (it.assignment_id, it.piece))
     ]
     return sha256_of(canonical(rows))

@@ -1,8 +1,9 @@
 """Memory of a server and of a client that have nothing to do, whole process trees.
 
-The server has a model registered. The client runs without PyTorch, in an environment of its own,
-and has a run's model before it: once as it waits right after its work, with the training runtime
-loaded, once at rest.
+The server has a model registered: once on loopback before anybody has joined, once with TLS after
+a client has joined with a join string and stopped. The client runs without PyTorch, in an
+environment of its own, and has a run's model before it: once as it waits right after its work, with
+the training runtime loaded, once at rest.
 ``python -m tests.bench.idle [--json]``
 """
 
@@ -23,21 +24,26 @@ from tests.support.sites import write_folder
 _MEGABYTE = 10**6
 _GOAL_MB = 45.0
 _SERVER_GOAL_MB = 90.0
+_SECURED = {"FEDRA_SERVER_TLS": "on", "FEDRA_SERVER_ENROLMENT": "token"}
 
 
 def main() -> None:
     """Let a client work a round, then wait, then rest."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        with running_federation(place / "server", prepare_home(place)) as federation:
+        prepared = prepare_home(place)
+        with running_federation(place / "server", prepared) as federation:
             server_mb = _settled_bytes(federation.server.process.pid) / _MEGABYTE
             waiting_mb = _idle_mb(federation, place, "waiting", rest_after_s="3600")
             resting_mb = _idle_mb(federation, place, "resting", rest_after_s="1")
+        with running_federation(place / "secured", prepared, _SECURED) as federation:
+            secured_mb = _secured_mb(federation, place)
     rows = [
         Row(
             "idle server", server_mb, "MB",
             goal=f"<= {_SERVER_GOAL_MB:.0f} MB", holds=server_mb <= _SERVER_GOAL_MB,
         ),
+        Row("idle server, TLS, a client enrolled", secured_mb, "MB"),
         Row("idle client, ONNX Runtime loaded", waiting_mb, "MB"),
         Row(
             "idle client, at rest", resting_mb, "MB", "loaded", resting_mb / waiting_mb,
@@ -63,6 +69,17 @@ def _idle_mb(federation: Federation, place: Path, name: str, rest_after_s: str) 
     used = _settled_bytes(site.client.pid)
     assert site.client.ask_to_stop() == 0
     return used / _MEGABYTE
+
+
+def _secured_mb(federation: Federation, place: Path) -> float:
+    data = write_folder(place / "data" / "secured", seed=1)
+    site = federation.add_site(
+        "enrolled", data.path, place, "--backend", "onnx", python=environment("onnx").python
+    )
+    site.url = federation.operate("token", "create")["join_string"]
+    federation.have_running([site])
+    assert site.client.ask_to_stop() == 0
+    return _settled_bytes(federation.server.process.pid) / _MEGABYTE
 
 
 def _is_evaluated(federation: Federation, run: str) -> bool:

@@ -175,6 +175,7 @@ def test_an_anchor_finds_what_was_cut_off(place: ServerHome, tamper: Callable[..
         ("UPDATE revisions SET manifest = replace(manifest, '0', '1') WHERE number = 2",
          Event.REVISION_PUBLISHED),
         ("UPDATE merges SET weight = weight * 2 WHERE revision = 1", Event.REVISION_PUBLISHED),
+        ("UPDATE merges SET scale = scale / 2 WHERE revision = 1", Event.REVISION_PUBLISHED),
         ("UPDATE assignments SET chance = chance / 2 WHERE round_number = 3", Event.ROUND_PLANNED),
         ("UPDATE assignments SET delta = replace(delta, 'a', 'b')", Event.DELTA_ADMITTED),
         ("UPDATE assignments SET delta = NULL WHERE round_number = 1", Event.DELTA_ADMITTED),

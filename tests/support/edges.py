@@ -15,8 +15,6 @@ from typing import Any
 
 import httpx
 import psutil
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedra_edge.config import EdgeConfig
 from fedra_edge.identity import Identity, IdentityFile
@@ -218,9 +216,7 @@ class EdgeSite:
     def session(self, http: httpx.Client) -> str:
         """Sign in with the site's own key, as its client does."""
         pem = (self.config.membership / "key.pem").read_bytes()
-        private = load_pem_private_key(pem, password=None)
-        assert isinstance(private, Ed25519PrivateKey)
-        return open_session(http, SiteKey(private), self.identity.client_id)
+        return open_session(http, SiteKey.from_pem(pem), self.identity.client_id)
 
     @property
     def deltas_waiting(self) -> int:

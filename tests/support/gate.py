@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from nacl.exceptions import BadSignatureError
+from nacl.signing import VerifyKey
 
 from fedra_edge.config import EdgeConfig
 from fedra_edge.identity import Identity
@@ -38,10 +38,8 @@ _AUDIENCE = "ab" * 32
 def is_signed(public_key: str, signature: str, message: bytes) -> bool:
     """Check a signature as the server does."""
     try:
-        Ed25519PublicKey.from_public_bytes(from_base64url(public_key)).verify(
-            from_base64url(signature), message
-        )
-    except InvalidSignature:
+        VerifyKey(from_base64url(public_key)).verify(message, from_base64url(signature))
+    except BadSignatureError:
         return False
     return True
 

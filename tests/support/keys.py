@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from nacl.signing import SigningKey
 from pydantic import BaseModel
 
 from fedra_edge.protocol import routes
@@ -29,14 +31,21 @@ from tests.support.builders import make_profile
 class SiteKey:
     """An Ed25519 key pair, as a site keeps it."""
 
-    private: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    private: SigningKey = field(default_factory=SigningKey.generate)
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> SiteKey:
+        """Read the key of a site, by another library than the site has written it with."""
+        private = load_pem_private_key(pem, password=None)
+        assert isinstance(private, Ed25519PrivateKey)
+        return cls(SigningKey(private.private_bytes_raw()))
 
     @property
     def public(self) -> str:
-        return to_base64url(self.private.public_key().public_bytes_raw())
+        return to_base64url(bytes(self.private.verify_key))
 
     def sign(self, message: bytes) -> str:
-        return to_base64url(self.private.sign(message))
+        return to_base64url(self.private.sign(message).signature)
 
     def enrolment(
         self,

@@ -8,12 +8,14 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
+    load_pem_private_key,
 )
 
 from fedra_edge.identity import Identity
@@ -22,7 +24,7 @@ from fedra_edge.link import Link
 from fedra_edge.membership import Membership
 from fedra_edge.pin import Pin
 from fedra_edge.protocol.ids import ClientId
-from fedra_edge.protocol.trust import certificate_sha256
+from fedra_edge.protocol.trust import certificate_sha256, to_base64url
 from tests.support.gate import is_signed
 from tests.support.tls_front import tls_front
 
@@ -68,6 +70,22 @@ def test_the_next_key_comes_first_until_it_is_the_current_one(tmp_path: Path) ->
     assert keys.candidates() == [following]
 
 
+def test_a_key_file_is_what_other_programs_read_and_write(tmp_path: Path) -> None:
+    ours = KeyFiles(tmp_path).current()
+    theirs = load_pem_private_key((tmp_path / FILE_NAME).read_bytes(), password=None)
+    assert isinstance(theirs, Ed25519PrivateKey)
+    assert to_base64url(theirs.public_key().public_bytes_raw()) == ours.public_key
+    assert to_base64url(theirs.sign(b"a message")) == ours.sign(b"a message")
+    other = Ed25519PrivateKey.generate()
+    pem = other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    assert ClientKey.from_pem(pem).to_pem() == pem
+    assert is_signed(
+        to_base64url(other.public_key().public_bytes_raw()),
+        ClientKey.from_pem(pem).sign(b"a message"),
+        b"a message",
+    )
+
+
 def encrypted() -> bytes:
     key = X25519PrivateKey.generate()
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
@@ -78,10 +96,15 @@ def of_another_kind() -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+WHOLE = ClientKey.make().to_pem()
 DAMAGES = {
     "empty": b"",
     "noise": bytes(range(256)),
-    "cut": ClientKey.make().to_pem()[:60],
+    "cut": WHOLE[:60],
+    "a line more": WHOLE + b"\n",
+    "two keys": WHOLE * 2,
+    "the bare secret": b"".join(WHOLE.splitlines()[1:2]),
+    "a character of no alphabet": WHOLE.replace(b"MC4", b"MC4!"),
     "encrypted": encrypted(),
     "another kind": of_another_kind(),
 }

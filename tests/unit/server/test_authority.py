@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import ssl
@@ -23,11 +24,13 @@ from fedra_server.authority import (
 )
 from fedra_server.config import ServerHome
 from fedra_server.errors import ConfigurationError
+from fedra_server.issuing import issue_if_due
 
 NAMES = ("hq.example", "10.0.0.5", "::1")
 LIFE = timedelta(days=90)
 NOW = datetime.now(UTC)
 ROOT = Path(__file__).parents[3]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def test_a_certificate_stays_until_a_third_of_its_life_is_left(home: ServerHome)
     ensure_authority(home)
     path = refresh_certificate(home, NAMES, LIFE, NOW)
     first = path.read_bytes()
-    assert certificate_names(path) == set(NAMES)
+    assert certificate_names(home) == set(NAMES)
     refresh_certificate(home, NAMES, LIFE, NOW + LIFE * 0.6)
     assert path.read_bytes() == first
     refresh_certificate(home, NAMES, LIFE, NOW + LIFE * 0.7)
@@ -131,9 +134,73 @@ def test_what_is_wrong_with_a_certificate_makes_a_new_one(home: ServerHome) -> N
         refresh_certificate(home, NAMES, LIFE, NOW)
         handshake(path, AuthorityFiles.of(home).certificate, "hq.example")
     refresh_certificate(home, (*NAMES, "more.example"), LIFE, NOW)
-    assert "more.example" in certificate_names(path)
+    assert "more.example" in certificate_names(home)
     refresh_certificate(home, NAMES, timedelta(days=1), NOW)
     assert certificates(path)[0].not_valid_after_utc <= NOW + timedelta(days=1)
+
+
+SPOILT_RECORDS = {
+    "none": None,
+    "no JSON": "{",
+    "another file": '{"file_sha256": "00"}',
+    "a number more": '"added": 1, "names":',
+    "names as one text": '"names": "hq.example", "were":',
+}
+
+
+@pytest.mark.parametrize("record", SPOILT_RECORDS.values(), ids=SPOILT_RECORDS)
+def test_a_certificate_without_a_record_of_it_is_made_anew(
+    home: ServerHome, record: str | None
+) -> None:
+    ensure_authority(home)
+    path = refresh_certificate(home, NAMES, LIFE, NOW)
+    issued = AuthorityFiles.of(home).issued
+    told, first = issued.read_text(encoding="utf-8"), path.read_bytes()
+    if record is None:
+        issued.unlink()
+    else:
+        issued.write_text(told.replace('"names":', record) if "names" in record else record)
+    assert certificate_names(home) == set()
+    refresh_certificate(home, NAMES, LIFE, NOW)
+    assert path.read_bytes() != first
+    assert certificate_names(home) == set(NAMES)
+
+
+def test_the_record_says_what_the_certificate_says(home: ServerHome) -> None:
+    ensure_authority(home)
+    leaf = certificates(refresh_certificate(home, NAMES, LIFE, NOW))[0]
+    told = json.loads(AuthorityFiles.of(home).issued.read_bytes())
+    assert datetime.fromisoformat(told["valid_from"]) == leaf.not_valid_before_utc
+    assert datetime.fromisoformat(told["valid_until"]) == leaf.not_valid_after_utc
+
+
+def test_a_process_that_serves_does_not_load_the_library(home: ServerHome) -> None:
+    """Neither where a certificate is due, which another process issues, nor where one is good."""
+    ensure_authority(home)
+    code = (
+        "import sys; from pathlib import Path; from datetime import timedelta; "
+        "from fedra_server.config import ServerHome; from fedra_server.issuing import issue_if_due;"
+        "issue_if_due(ServerHome(Path(sys.argv[1])), ['hq.example'], timedelta(days=90)); "
+        "print('cryptography' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(home.path)]
+    contents = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+        )
+        assert done.stdout == "False\n"
+        contents.append(AuthorityFiles.of(home).server.read_bytes())
+    assert contents[0] == contents[1]
+    server = AuthorityFiles.of(home).server
+    handshake(server, AuthorityFiles.of(home).certificate, "hq.example")
+
+
+def test_why_no_certificate_can_be_issued_is_told_here(home: ServerHome) -> None:
+    ensure_authority(home)
+    AuthorityFiles.of(home).key.write_bytes(b"no key")
+    with pytest.raises(ConfigurationError, match=r"ca\.key"):
+        issue_if_due(home, NAMES, LIFE)
 
 
 def test_a_certificate_of_another_authority_is_replaced(home: ServerHome, tmp_path: Path) -> None:
@@ -143,6 +210,7 @@ def test_a_certificate_of_another_authority_is_replaced(home: ServerHome, tmp_pa
         ensure_authority(each)
         refresh_certificate(each, NAMES, LIFE, NOW)
     shutil.copy(AuthorityFiles.of(other).server, AuthorityFiles.of(home).server)
+    shutil.copy(AuthorityFiles.of(other).issued, AuthorityFiles.of(home).issued)
     path = refresh_certificate(home, NAMES, LIFE, NOW)
     handshake(path, AuthorityFiles.of(home).certificate, "hq.example")
 
