@@ -36,6 +36,9 @@ from fedra_edge.transport import Request, Transport, json_request
 
 _ASSIGNMENT: Final[TypeAdapter[Assignment]] = TypeAdapter(Assignment)
 _MAX_DETAIL: Final = 4000
+_MAX_AUTHORITY_BYTES: Final = 65_536
+_MAX_AUTHORITY_S: Final = 30.0
+"""Whoever answers may be anybody, and gets no more of our memory and time than this."""
 
 Answer = TypeVar("Answer", bound=WireModel)
 Result = TypeVar("Result")
@@ -71,8 +74,14 @@ class ServerApi:
 
     def authority(self) -> Authority:
         """Ask once for the server's certificate authority; nothing is told by that."""
-        request = Request(routes.AUTHORITY, routes.AUTHORITY.path, is_anonymous=True)
-        return self._transport.ask(request, Authority)
+        request = Request(
+            routes.AUTHORITY,
+            routes.AUTHORITY.path,
+            is_anonymous=True,
+            most_answered_bytes=_MAX_AUTHORITY_BYTES,
+        )
+        with self._transport.ending_after(_MAX_AUTHORITY_S):
+            return self._transport.ask(request, Authority)
 
     def enrol(self, request: EnrolRequest) -> EnrolReceipt:
         """Become a member; repeating it with the same key changes nothing."""

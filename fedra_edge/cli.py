@@ -19,15 +19,22 @@ import typer
 from fedra_edge import options
 from fedra_edge.config import load_config, load_site_config
 from fedra_edge.console import Output, Pace
-from fedra_edge.errors import DataError, FedraEdgeError
+from fedra_edge.errors import DataError, FedraEdgeError, NotEnrolledError
 from fedra_edge.exit_codes import EXIT_CODES_HELP, exit_code_of
-from fedra_edge.home_lock import home_lock
-from fedra_edge.membership import Membership
 from fedra_edge.options import Backend, Export, Home, Json, MaxLayers, Memory, Server, Verbose
 from fedra_edge.outbox import Outbox
+from fedra_edge.protocol.plain_text import log_plainly
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_edge.resting import CAN_REST, CONTRIBUTED
-from fedra_edge.visiting import known_server, membership, tell_leaving, visited, visiting
+from fedra_edge.visiting import (
+    Farewell,
+    end_membership,
+    forget_remains,
+    known_server,
+    membership,
+    visited,
+    visiting,
+)
 
 
 def _epilog(example: str) -> str:
@@ -201,7 +208,7 @@ def leave(
     server: Server = None,
     home: Home = None,
     forget: Annotated[
-        bool, typer.Option(help="Drop the identity even when the server does not answer.")
+        bool, typer.Option(help="Also when the server cannot be told, or nothing is there.")
     ] = False,
     proxy: options.Proxy = None,
     ca_file: options.CaFile = None,
@@ -211,11 +218,17 @@ def leave(
     """Give up the membership and delete this client's identity, key and pinned authority."""
     output = Output(as_json=as_json)
     with _reported(output):
-        config, identity = membership(server, home, options.way_options(context.params))
-        with home_lock(config.home):
-            was_told = tell_leaving(config, must_be_told=not forget)
-            Membership.of(config).forget()
-        output.show({"left": config.server, "client_id": identity.client_id, "told": was_told})
+        way = options.way_options(context.params)
+        try:
+            config, identity = membership(server, home, way)
+        except NotEnrolledError:
+            if not forget:
+                raise
+            output.show(forget_remains(server, home, way))
+            return
+        farewell = end_membership(config, must_be_told=not forget)
+        told = {"told": farewell is Farewell.TOLD, "detail": farewell.value}
+        output.show({"left": config.server, "client_id": identity.client_id, **told})
 
 
 @app.command(epilog=_epilog("evaluate --export tuned --data images"))
@@ -351,9 +364,7 @@ def _exit(output: Output, error: Exception) -> NoReturn:
 
 
 def _configure_logging(*, is_verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_plainly(logging.WARNING)
     logging.getLogger("fedra_edge").setLevel(logging.DEBUG if is_verbose else logging.WARNING)
     if not is_verbose:  # these are shown as progress and as the final error already
         logging.getLogger("fedra_edge.client").setLevel(logging.CRITICAL)

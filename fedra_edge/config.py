@@ -239,6 +239,13 @@ class EdgeConfig(SiteConfig):
         return server
 
     @property
+    def join_sha256(self) -> str | None:
+        """What the secret of the join string is told by later, without keeping it."""
+        if self.join_secret is None:
+            return None
+        return hashlib.sha256(self.join_secret.get_secret_value().encode()).hexdigest()
+
+    @property
     def is_insecure(self) -> bool:
         """Whether everybody on the way to the server can read and alter what is said."""
         return _is_plain_to_elsewhere(self.server)

@@ -13,6 +13,7 @@ from rich.console import Console
 from fedra_edge.errors import FedraEdgeError
 from fedra_edge.exit_codes import exit_code_of
 from fedra_edge.progress import ClientProgress, Phase
+from fedra_edge.protocol.plain_text import plain
 
 _STEP_EVERY_S: Final = 2.0
 _KILOBYTE: Final = 1000
@@ -35,7 +36,8 @@ class Output:
         labels = {name: _label(name) for name in values}
         width = max(map(len, labels.values()))
         for name, value in values.items():
-            self._out.print(f"{labels[name]:<{width}}  {_readable(name, value)}", markup=False)
+            line = f"{labels[name]:<{width}}  {_readable(name, value)}"
+            self._out.print(plain(line), markup=False)
 
     def fail(self, error: Exception) -> None:
         """Show an error and what to do about it."""
@@ -45,9 +47,9 @@ class Output:
             code = exit_code_of(error)
             self._write_json({"event": "error", "code": code, "message": message, "remedy": remedy})
             return
-        self._err.print(f"error: {message}", markup=False)
+        self._err.print(plain(f"error: {message}"), markup=False)
         if remedy:
-            self._err.print(f"  try: {remedy}", markup=False)
+            self._err.print(plain(f"  try: {remedy}"), markup=False)
 
     def note(self, text: str) -> None:
         """Say on standard error how a longer work goes on."""
@@ -63,7 +65,7 @@ class Output:
     def _write_line(self, progress: ClientProgress) -> None:
         style = {Phase.FAILED: "red", Phase.PAUSED: "yellow"}.get(progress.phase)
         clock = time.strftime("%H:%M:%S")
-        self._out.print(f"{clock}  {_sentence(progress)}", style=style, markup=False)
+        self._out.print(plain(f"{clock}  {_sentence(progress)}"), style=style, markup=False)
 
     def _write_json(self, values: Mapping[str, Any]) -> None:
         self._out.file.write(json.dumps(values) + "\n")
@@ -138,17 +140,29 @@ def _label(name: str) -> str:
 
 
 def _readable(name: str, value: object) -> str:
+    match value:
+        case None | "":
+            return "any" if name == "run" else "none"
+        case bool():
+            return "yes" if value else "no"
+        case int() | float():
+            return _number(name, value)
+        case list() | tuple():
+            return ", ".join(_readable("", item) for item in value) or "none"
+        case dict():
+            return ", ".join(f"{key}: {_readable(str(key), item)}" for key, item in value.items())
+        case _:
+            return str(value)
+
+
+def _number(name: str, value: float) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return _size(value)
     if name.endswith("_s") and isinstance(value, float):
         return f"{value:.3g} s"
     if name == "accuracy" and isinstance(value, float):
         return f"{value:.1%}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_readable("", item) for item in value) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_readable(str(key), item)}" for key, item in value.items())
-    return "none" if value is None or value == "" else str(value)
+    return str(value)
 
 
 def _size(size_bytes: int) -> str:

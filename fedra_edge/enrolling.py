@@ -16,6 +16,7 @@ from fedra_edge.errors import (
     ConfigurationError,
     FedraEdgeError,
     JoinRefusedError,
+    UnknownAuthorityError,
     UntrustedServerError,
     WorkInterrupted,
     WrongServerError,
@@ -94,12 +95,15 @@ class Enrolment:
         if identity is None:
             return None
         if self._config.ca_sha256 not in {None, identity.ca_sha256}:
-            raise ConfigurationError(
-                "the join string is of another server than the one that this home is a member of "
-                f"at {self._config.server}",
-                remedy="run `fedra-edge leave --forget` to join the other one, or give the address "
-                "alone to go on with this one",
+            raise WrongServerError(
+                "the fingerprint in the join string is not that of the server that this home is a "
+                f"member of at {self._config.server}",
+                remedy="compare the join string with what headquarters gave out: it may be "
+                "mistyped, or made by somebody who poses as headquarters. Give the address alone "
+                "to go on as a member. Only if headquarters says that its server was set up anew, "
+                "run `fedra-edge leave --forget` and join again",
             )
+        self._tell_of_unused_join_string(identity)
         if self._may_pin:
             self.meet(identity.ca_sha256)
         self._sessions = KeySessions(
@@ -125,7 +129,7 @@ class Enrolment:
             keys.set_aside()
             client_id = self._ask_to_enrol(profile, ca_sha256, keys.current())
         fault_point("enrol.received")
-        self.membership.identity_file.save(Identity(client_id, ca_sha256))
+        self.membership.identity_file.save(Identity(client_id, ca_sha256, self._config.join_sha256))
         identity = self.come_back()
         assert identity is not None  # noqa: S101 (it was written just now)
         return identity
@@ -138,6 +142,7 @@ class Enrolment:
 
         Raises:
             WrongServerError: It is another one.
+            ConfigurationError: Nothing tells who it should be.
         """
         if self._may_pin:
             ca_sha256 = ca_sha256 or self.membership.pin.ca_sha256
@@ -149,8 +154,9 @@ class Enrolment:
         except ValueError as error:
             raise WrongServerError(
                 f"{self._config.server} is not the server that is meant: {error}",
-                remedy="check the address with headquarters and ask for a new join string; "
-                "somebody on the way may pose as the server. Nothing secret was sent",
+                remedy="compare the join string with what headquarters gave out: it may be "
+                "mistyped or old, or somebody on the way poses as the server. Nothing secret was "
+                "sent",
             ) from error
         if not is_trusted:
             self.membership.pin.keep(pem)
@@ -170,7 +176,12 @@ class Enrolment:
             key = self.membership.keys.next()
             fault_point("rotate.made")
             message = key_message(identity.ca_sha256, identity.client_id, key.public_key)
-            self._api.change_key(KeyChange(public_key=key.public_key, signature=key.sign(message)))
+            change = KeyChange(
+                public_key=key.public_key,
+                signature=key.sign(message),
+                previous_signature=self.membership.keys.current().sign(message),
+            )
+            self._api.change_key(change)
             fault_point("rotate.told")
             self.membership.keys.promote(key)
         LOGGER.info("the key was changed")
@@ -188,6 +199,15 @@ class Enrolment:
             raise
         except FedraEdgeError as error:
             LOGGER.warning("the key could not be changed; trying again in an hour: %s", error)
+
+    def _tell_of_unused_join_string(self, identity: Identity) -> None:
+        if self._config.join_sha256 not in {None, identity.join_sha256}:
+            LOGGER.warning(
+                "this home is the member %s already, so the join string is not used; for another "
+                "member, give a --home of its own; to become one that it was made for, run "
+                "`fedra-edge leave` first",
+                identity.client_id,
+            )
 
     def _ask_to_enrol(self, profile: DeviceProfile, ca_sha256: str, key: ClientKey) -> ClientId:
         config = self._config
@@ -225,8 +245,10 @@ class Enrolment:
         """Ask for the authority; tell whether we trust who answered anyway."""
         try:
             return self._api.authority(), True
-        except UntrustedServerError:
+        except UntrustedServerError as error:
             if ca_sha256 is None or not self._may_pin:
+                if isinstance(error, UnknownAuthorityError):  # waiting does not help
+                    raise ConfigurationError(str(error), remedy=error.remedy) from error
                 raise
         with self._trusting_anybody():
             return self._api.authority(), False

@@ -2,6 +2,7 @@
 
 FedraEdgeError
 ├── ConfigurationError            settings or arguments cannot work
+│   └── NotEnrolledError          this home is no member there
 ├── IdentityError                 who we are on this server cannot be read or kept
 ├── WrongServerError              who answers is not the server that we were told of
 ├── DataError                     nothing in the local data can be used
@@ -16,6 +17,7 @@ FedraEdgeError
 │   ├── ServerFailedError         the server fails at this very request
 │   ├── UnexpectedAnswerError     something answered, but not as the protocol allows
 │   └── UntrustedServerError      whoever answers has no certificate that we trust
+│       └── UnknownAuthorityError ... nor was this site told whom to trust
 └── ServerRefusedError            the server says no; carries its problem document
     ├── NotAuthenticatedError     no session, or one that the server does not know
     ├── JoinRefusedError          a join string that does not admit, or none where one is needed
@@ -49,6 +51,10 @@ class FedraEdgeError(Exception):
 
 class ConfigurationError(FedraEdgeError):
     """Settings or arguments cannot work."""
+
+
+class NotEnrolledError(ConfigurationError):
+    """This home is no member there."""
 
 
 class IdentityError(FedraEdgeError):
@@ -118,6 +124,10 @@ class UnexpectedAnswerError(ServerUnreachableError):
 
 class UntrustedServerError(ServerUnreachableError):
     """Whoever answers has no certificate that we trust; nothing was sent."""
+
+
+class UnknownAuthorityError(UntrustedServerError):
+    """The certificate is of an authority that this machine was never told of."""
 
 
 class NotThereError(UnexpectedAnswerError):

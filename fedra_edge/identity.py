@@ -35,14 +35,19 @@ class _StoredIdentity(StateFile):
     server: str
     client_id: Token
     ca_sha256: HexDigest
+    join_sha256: HexDigest | None = None
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A membership: who we are, and on which server, which is named by its authority."""
+    """A membership: who we are, and on which server, which is named by its authority.
+
+    ``join_sha256`` is the digest of the secret that it was joined with, if there was one.
+    """
 
     client_id: ClientId
     ca_sha256: str
+    join_sha256: str | None = None
 
 
 def known_servers(home: Path) -> list[str]:
@@ -86,7 +91,7 @@ class IdentityFile:
         if stored.server != self._server:
             self.set_aside("belongs to another server")
             return None
-        return Identity(ClientId(stored.client_id), stored.ca_sha256)
+        return Identity(ClientId(stored.client_id), stored.ca_sha256, stored.join_sha256)
 
     def save(self, identity: Identity) -> None:
         """Keep an identity; on return it is on disk, readable by the owner only.
@@ -95,7 +100,10 @@ class IdentityFile:
             IdentityError: It cannot be written.
         """
         stored = _StoredIdentity(
-            server=self._server, client_id=identity.client_id, ca_sha256=identity.ca_sha256
+            server=self._server,
+            client_id=identity.client_id,
+            ca_sha256=identity.ca_sha256,
+            join_sha256=identity.join_sha256,
         )
         try:
             write_durably(self._path, stored.model_dump_json(indent=2).encode())

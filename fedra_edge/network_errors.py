@@ -12,6 +12,7 @@ from fedra_edge.errors import (
     ConfigurationError,
     ServerUnreachableError,
     UnexpectedAnswerError,
+    UnknownAuthorityError,
     UntrustedServerError,
 )
 
@@ -90,22 +91,22 @@ def mapped_errors(way: Way) -> Iterator[None]:
     except httpx.RequestError as error:
         reason = str(error) or type(error).__name__
         if _UNVERIFIED in reason:
-            raise UntrustedServerError(
-                f"{way.goal} cannot be trusted: {reason}",
-                remedy=_how_to_trust(reason, way),
-            ) from error
+            raise _distrust(reason, way) from error
         raise ServerUnreachableError(
             f"{way.goal} cannot be reached: {reason}", remedy=_remedy_of(error, way)
         ) from error
 
 
-def _how_to_trust(reason: str, way: Way) -> str:
+def _distrust(reason: str, way: Way) -> UntrustedServerError:
     """Tell what to do, by what OpenSSL says of the certificate."""
+    message = f"{way.goal} cannot be trusted: {reason}"
     if "mismatch" in reason:
-        return _OF_ANOTHER_NAME
+        return UntrustedServerError(message, remedy=_OF_ANOTHER_NAME)
     if "not yet valid" in reason or "has expired" in reason:
-        return _OF_ANOTHER_TIME
-    return _OTHER_THAN_PINNED if way.is_pinned else _UNKNOWN_AUTHORITY
+        return UntrustedServerError(message, remedy=_OF_ANOTHER_TIME)
+    if way.is_pinned:
+        return UntrustedServerError(message, remedy=_OTHER_THAN_PINNED)
+    return UnknownAuthorityError(message, remedy=_UNKNOWN_AUTHORITY)
 
 
 def _remedy_of(error: httpx.RequestError, way: Way) -> str:

@@ -32,14 +32,15 @@ class Pin:
     def find(self, ca_sha256: str) -> Path | None:
         """Give the file if it holds exactly this authority; None when there is none.
 
-        Whatever else lies there is set aside with a warning.
+        A damaged one is set aside with a warning. One of another server stays where it is: it is
+        not to be lost to a fingerprint that was mistyped.
 
         Raises:
             IdentityError: The file exists and may not be read.
         """
         clear_place(self._path, self._path.parent / _DAMAGED)
         try:
-            is_this = certificate_sha256(self._path.read_text(encoding="ascii")) == ca_sha256
+            pinned = certificate_sha256(self._path.read_text(encoding="ascii"))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -48,17 +49,21 @@ class Pin:
                 remedy="run the client as the user that enrolled it, or choose another --home",
             ) from error
         except ValueError:
-            is_this = False
-        if is_this:
-            return self._path
-        kept_at = set_aside(self._path, self._path.parent / _DAMAGED)
-        LOGGER.warning("%s is damaged or of another server; kept as %s", self._path, kept_at)
-        return None
+            self._set_aside("is damaged")
+            return None
+        return self._path if pinned == ca_sha256 else None
 
     def keep(self, pem: str) -> None:
-        """Trust this authority from now on."""
+        """Trust this authority from now on; another one is set aside with a warning."""
+        pinned = self.ca_sha256
+        if pinned is not None and pinned != certificate_sha256(pem):
+            self._set_aside("is of another server")
         write_durably(self._path, pem.encode("ascii"))
 
     def forget(self) -> None:
         """Remove the pin, if there is one."""
         remove_durably(self._path)
+
+    def _set_aside(self, reason: str) -> None:
+        kept_at = set_aside(self._path, self._path.parent / _DAMAGED)
+        LOGGER.warning("%s %s; kept as %s", self._path, reason, kept_at)

@@ -22,6 +22,7 @@ from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.routes import UPLOAD_OFFSET_HEADER
 from fedra_edge.protocol.wire import byte_count_of
 
+_BAD_REQUEST: Final = 400
 _NOT_FOUND: Final = 404
 _FAILED: Final = 500
 _WHO_ARE_YOU: Final = 407
@@ -29,13 +30,18 @@ _NOT_NOW: Final = frozenset({408, 425, 429})
 WRONG_ADDRESS: Final = (
     "check that --server is the address of a Fedra server, not of a proxy or portal"
 )
+_WANTS_TLS: Final = (
+    "the server seems to speak https only; try https:// instead of http://, with the join string "
+    "that headquarters gives out"
+)
+_MOST_QUOTED: Final = 200
 _OWN_REMEDIES: Final = {
     ProblemCode.CLIENT_REVOKED: "headquarters has ended the membership of this site; if it should "
-    "take part again, ask for a new join string, run `fedra-edge leave --forget`, and join with "
-    "it. Deltas that were not sent stay in this home's outbox",
+    "take part again, ask for a new join string, run `fedra-edge leave`, and join with it. "
+    "Deltas that were not sent stay in this home's outbox",
 }
 _REMEDIES: Final = {
-    ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave --forget` to drop the identity that this "
+    ProblemCode.NOT_AUTHENTICATED: "run `fedra-edge leave` to drop the identity that this "
     "server does not know, then join with a join string",
     ProblemCode.PROTOCOL_MISMATCH: "install the client release that belongs to this server",
 }
@@ -76,7 +82,7 @@ def refusal_of(response: httpx.Response, body: bytes) -> FedraEdgeError:
             remedy="give the final address as --server",
         )
     if problem is None:
-        return _error_without_problem(response)
+        return _error_without_problem(response, body)
     if problem.code is ProblemCode.OFFSET_MISMATCH:
         offset = byte_count_of(response.headers.get(UPLOAD_OFFSET_HEADER, ""))
         return OffsetMismatchError(problem, offset_bytes=offset or 0)
@@ -84,12 +90,21 @@ def refusal_of(response: httpx.Response, body: bytes) -> FedraEdgeError:
     return REFUSALS[problem.code](problem, remedy=remedy)
 
 
-def _error_without_problem(response: httpx.Response) -> FedraEdgeError:
-    kind = NotThereError if response.status_code == _NOT_FOUND else UnexpectedAnswerError
-    return kind(
-        f"HTTP status {response.status_code} without a problem document",
-        remedy=CHECK_PROXY if response.status_code == _WHO_ARE_YOU else WRONG_ADDRESS,
-    )
+def _error_without_problem(response: httpx.Response, body: bytes) -> FedraEdgeError:
+    status = response.status_code
+    text = body.decode("ascii", "replace")
+    remedy = CHECK_PROXY if status == _WHO_ARE_YOU else WRONG_ADDRESS
+    if status == _BAD_REQUEST and response.url.scheme == "http" and "https" in text.lower():
+        remedy = _WANTS_TLS
+    kind = NotThereError if status == _NOT_FOUND else UnexpectedAnswerError
+    said = _quoted(text) if "text/plain" in response.headers.get("content-type", "") else ""
+    return kind(f"HTTP status {status} without a problem document{said}", remedy=remedy)
+
+
+def _quoted(text: str) -> str:
+    """Repeat the first line of what somebody says, and nothing that a terminal obeys."""
+    line = text.strip().partition("\n")[0][:_MOST_QUOTED]
+    return f": {line!r}" if line else ""
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -71,6 +71,7 @@ class Session:
         Raises:
             ServerRefusedError: The server does not accept this client.
             WrongServerError: Another server answers than the one that is meant.
+            ConfigurationError: Nothing tells whom to trust.
             DataError: No local example can be trained on.
             BackendUnavailableError: The training runtime does not work.
             StorageError: The home cannot be read or written.

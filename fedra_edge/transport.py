@@ -87,6 +87,7 @@ class Request:
     wait_s: float = 0.0
     work_bytes: int = 0
     is_anonymous: bool = False
+    most_answered_bytes: int = _MAX_ANSWER_BYTES
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,10 @@ class Transport:
         with self.stream(request) as response:
             for chunk in self.received(response):
                 content += chunk
-                if len(content) > _MAX_ANSWER_BYTES:
+                if len(content) > request.most_answered_bytes:
                     raise UnexpectedAnswerError(
                         f"{request.route.method} {request.path} was answered by more than "
-                        f"{_MAX_ANSWER_BYTES} bytes",
+                        f"{request.most_answered_bytes} bytes",
                         remedy=WRONG_ADDRESS,
                     )
             return Answer(response.headers, bytes(content))
@@ -239,6 +240,21 @@ class Transport:
         """Wake whoever waits for the server, by ending the connections; ``reopen`` undoes it."""
         with self._lock:
             self._interrupted.set()
+        self._end_connections()
+
+    @contextlib.contextmanager
+    def ending_after(self, limit_s: float) -> Iterator[None]:
+        """End the connections when the block takes longer, however the server spins it out."""
+        timer = threading.Timer(limit_s, self._end_connections)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_connections(self) -> None:
+        with self._lock:
             connections = list(self._sockets)
         for connection in connections:
             _end(connection)

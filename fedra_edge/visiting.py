@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 
 from fedra_edge.api import ServerApi
@@ -15,8 +16,10 @@ from fedra_edge.errors import (
     ConfigurationError,
     FedraEdgeError,
     NotAuthenticatedError,
+    NotEnrolledError,
     ServerUnreachableError,
 )
+from fedra_edge.home_lock import home_lock
 from fedra_edge.identity import Identity, known_servers
 from fedra_edge.membership import Membership
 from fedra_edge.network_errors import remedy_of
@@ -36,7 +39,8 @@ def membership(
     """Find the membership meant: on the server given, else on the only one there is.
 
     Raises:
-        ConfigurationError: There is none, or more than one.
+        NotEnrolledError: There is none.
+        ConfigurationError: There is more than one.
     """
     servers = known_servers(load_site_config({"home": home}).home)
     if server is None and len(servers) > 1:
@@ -77,22 +81,50 @@ def visited(config: EdgeConfig) -> Iterator[ServerApi]:
         yield api
 
 
-def tell_leaving(config: EdgeConfig, *, must_be_told: bool) -> bool:
-    """Tell the server that this client leaves, if it can be told; true when it knows.
+class Farewell(StrEnum):
+    """What the server knows of a client that leaves, in words for who sees it leave."""
+
+    TOLD = "the server was told"
+    KNEW = "headquarters had ended the membership before, or does not know it"
+    UNTOLD = "the server was not told; headquarters may remove this client"
+
+
+def end_membership(config: EdgeConfig, *, must_be_told: bool) -> Farewell:
+    """End the membership of this home and delete what is kept of it.
 
     Raises:
-        FedraEdgeError: It cannot be told, and must be.
+        ConfigurationError: The client runs.
+        FedraEdgeError: The server cannot be told, and must be.
     """
+    with home_lock(config.home):
+        farewell = _tell_leaving(config, must_be_told=must_be_told)
+        Membership.of(config).forget()
+    return farewell
+
+
+def forget_remains(
+    server: str | None, home: Path | None, way: Mapping[str, object]
+) -> dict[str, object]:
+    """Delete what a home that is no member keeps of a server, such as a pin; tell of it."""
+    if server is not None:
+        config = load_config({"server": server, "home": home, **way})
+        if config.membership.is_dir():
+            with home_lock(config.home):
+                Membership.of(config).forget()
+    return {"left": None, "client_id": None, "told": False, "detail": "no client was enrolled here"}
+
+
+def _tell_leaving(config: EdgeConfig, *, must_be_told: bool) -> Farewell:
     try:
         with visiting(config) as (api, _):
             api.leave()
-    except (NotAuthenticatedError, ClientRevokedError):  # the server forgot us first
-        return True
+    except (NotAuthenticatedError, ClientRevokedError):
+        return Farewell.KNEW
     except FedraEdgeError:
         if must_be_told:
             raise
-        return False
-    return True
+        return Farewell.UNTOLD
+    return Farewell.TOLD
 
 
 @contextmanager
@@ -108,7 +140,7 @@ def _connected(config: EdgeConfig) -> Iterator[tuple[ServerApi, Enrolment]]:
         transport.close()
 
 
-def _not_enrolled(where: str) -> ConfigurationError:
-    return ConfigurationError(
+def _not_enrolled(where: str) -> NotEnrolledError:
+    return NotEnrolledError(
         f"no client is enrolled: {where}", remedy="run `fedra-edge join`, or check --home"
     )

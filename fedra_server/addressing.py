@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
-from typing import Final
+import json
+import socket
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from fedra_server.config import ServerConfig
+from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import ConfigurationError
 
 _THIS_MACHINE: Final = ("localhost", "127.0.0.1", "::1")
@@ -65,15 +68,54 @@ def url_of(host: str, port: int, *, is_secure: bool) -> str:
 def wanted_names(
     config: ServerConfig, machine_name: str, machine_addresses: tuple[str, ...]
 ) -> frozenset[str]:
-    """Give every name and address that sites may reach the server by."""
+    """Give every name and address that sites may reach the server by.
+
+    Where it listens on all addresses these are the machine's own, whatever else was named: a site
+    that joined by one of them must find it in every later certificate.
+    """
     names = {*_THIS_MACHINE, *config.host_names}
     if config.address is not None:
         names.add(urlsplit(config.address).hostname or "")
     if not _is_any(config.host):
         names.add(config.host)
-    elif not config.host_names:
+    else:
         names |= {machine_name, *machine_addresses}
     return frozenset(names - {""})
+
+
+class Listening(NamedTuple):
+    """Where a running server listens, and what it tells sites."""
+
+    url: str
+    address: str
+
+
+def listens_at(home: ServerHome) -> Listening | None:
+    """Read where the server of a home listens; None while none runs."""
+    try:
+        told = json.loads(home.server_file.read_text(encoding="utf-8"))
+        return Listening(str(told["url"]), str(told["address"]))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def names_here(config: ServerConfig) -> frozenset[str]:
+    """Give every name and address that sites may reach a server on this machine by."""
+    return wanted_names(config, socket.gethostname(), _machine_addresses())
+
+
+def _machine_addresses() -> tuple[str, ...]:
+    """Give the addresses by which other machines may reach this one."""
+    import psutil  # a few megabytes, for servers that listen everywhere
+
+    with contextlib.suppress(OSError):
+        return tuple(
+            address.address
+            for interface in psutil.net_if_addrs().values()
+            for address in interface
+            if address.family in {socket.AF_INET, socket.AF_INET6} and "%" not in address.address
+        )
+    return ()
 
 
 def _is_any(host: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,18 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from fedra_edge.protocol.ids import AssignmentId, UploadId
 from fedra_server.errors import ConfigurationError
 
-Address = Annotated[str, Field(pattern=r"^https?://[^\s/#?@\\]+(/[^\s#?@\\]*)?$")]
+_ADDRESS: Final = re.compile(r"^https?://[^\s/#?@\\]+(/[^\s#?@\\]*)?$")
+
+
+def _check_address(text: str) -> str:
+    if _ADDRESS.fullmatch(text) is None:
+        raise ValueError("is no address of a server; write it like https://hq.example:8470")
+    return text
+
+
+Address = Annotated[
+    str, AfterValidator(_check_address), Field(json_schema_extra={"pattern": _ADDRESS.pattern})
+]
 """How sites reach a server."""
 
 CONFIG_TEMPLATE: Final = """\
@@ -24,7 +36,7 @@ CONFIG_TEMPLATE: Final = """\
 # host = "127.0.0.1"              # address to listen on
 # port = 8470                     # 0 takes any free port
 # address = "https://hq.example:8470"       # how sites reach this server, for join strings
-# host_names = ["hq.example", "10.0.0.5"]   # what its certificate is for; default: this machine
+# host_names = ["hq.example", "10.0.0.5"]   # in its certificate besides this machine's own names
 # tls = "auto"                    # "auto": on, except on a loopback address; or "on", "off"
 # certificate_file = "chain.pem"  # your own certificate and its chain, instead of an issued one
 # key_file = "key.pem"            # the key of your own certificate
@@ -98,9 +110,10 @@ class ServerHome:
         return self.deltas / f"{assignment_id}.safetensors"
 
     def create(self) -> None:
-        """Make the directories; those that exist stay as they are."""
+        """Make the directories, for their owner only; those that exist stay as they are."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         for directory in (self.path, self.blobs, self.uploads, self.deltas):
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
 
 
 def _check_network(text: str) -> str:

@@ -26,6 +26,7 @@ from fedra_server.storage.delta_files import DeltaFiles
 from fedra_server.storage.durability import disk_errors, replace_durably
 from fedra_server.storage.records import AssignmentRecord, UploadRecord
 from fedra_server.storage.store import Store
+from fedra_server.storage.tokens import require_member
 
 LOGGER = logging.getLogger(__name__)
 _COUNTED: Final = frozenset(
@@ -244,11 +245,12 @@ class Intake:
     def _refuse_unless_welcome(
         self, assignment: AssignmentRecord, delta: DeltaManifest
     ) -> int | None:
-        """Let pass what may be merged, and a repeat of what is counted.
+        """Let pass what a member sends and may be merged, and a repeat of what is counted.
 
         Returns:
             How stale a delta is that comes after its round; None when it is not late.
         """
+        require_member(self._store.client(assignment.client_id))
         if self.is_counted(assignment):
             if assignment.delta is not None and assignment.delta.sha256 == delta.sha256:
                 return None

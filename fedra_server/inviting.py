@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.messages import SiteName
 from fedra_edge.protocol.trust import JoinString
 from fedra_edge.protocol.wire import Token
-from fedra_server.addressing import site_address
+from fedra_server.addressing import listens_at, site_address
 from fedra_server.authority import ensure_authority
 from fedra_server.config import Address, ServerConfig, ServerHome
 from fedra_server.errors import NotFoundError
@@ -96,12 +95,9 @@ def invite(
 
 def _address(home: ServerHome, config: ServerConfig) -> str:
     """Find how sites reach the server: as set, as it listens now, or as it would."""
-    if config.address is None:
-        try:
-            listening = json.loads(home.server_file.read_text(encoding="utf-8"))
-            return str(listening["address"])
-        except (OSError, ValueError, KeyError):
-            pass
+    listening = listens_at(home)
+    if config.address is None and listening is not None:
+        return listening.address
     return site_address(config, config.port, socket.gethostname())
 
 

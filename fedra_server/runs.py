@@ -160,7 +160,10 @@ class RunSpec(BaseModel):
     @model_validator(mode="after")
     def _there_can_be_enough_holders(self) -> Self:
         needed, merge = self.holders_needed, f"--merge {self.merge}"
-        bears = f"to bear {self.tolerated_attackers} attackers a layer needs {needed} holders"
+        attackers = "1 attacker"
+        if self.tolerated_attackers > 1:
+            attackers = f"{self.tolerated_attackers} attackers"
+        bears = f"to bear {attackers} a layer needs {needed} holders"
         if needed > self.min_participants:
             raise ValueError(f"{merge}: {bears}; give --min-participants {needed} or more")
         if self.mode == "buffered" and needed > self.buffer_size:

@@ -73,10 +73,14 @@ class SessionReceipt(WireModel):
 
 
 class KeyChange(WireModel):
-    """A client's next key, which itself signs ``("key", ca_sha256, client_id, public_key)``."""
+    """A client's next key; it and the key before sign ``("key", ca_sha256, client_id, public_key)``.
+
+    So neither a session nor a new key alone can take a membership over.
+    """
 
     public_key: PublicKey
     signature: Signature
+    previous_signature: Signature
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def session_message(ca_sha256: str, client_id: str, challenge: str) -> bytes:
 
 
 def key_message(ca_sha256: str, client_id: str, public_key: str) -> bytes:
-    """Give what a new key signs to take the place of another."""
+    """Give what a new key and the one before it sign when they change places."""
     return signed_message("key", ca_sha256, client_id, public_key)
 
 

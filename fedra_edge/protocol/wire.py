@@ -7,6 +7,8 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
+from fedra_edge.protocol.plain_text import plain
+
 
 def _check_can_be_said(value: JsonValue) -> JsonValue:
     """Refuse numbers that JSON cannot write: they would arrive as null, or not at all."""
@@ -14,18 +16,13 @@ def _check_can_be_said(value: JsonValue) -> JsonValue:
     return value
 
 
-def _without_nul(text: str) -> str:
-    """Leave out the one character that not every database keeps in a text."""
-    return text.replace("\0", "")
-
-
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ByteCount = Annotated[int, Field(ge=0, le=2**50)]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-ShortText = Annotated[str, Field(max_length=200), AfterValidator(_without_nul)]
-Detail = Annotated[str, Field(max_length=4000), AfterValidator(_without_nul)]
+ShortText = Annotated[str, Field(max_length=200), AfterValidator(plain)]
+Detail = Annotated[str, Field(max_length=4000), AfterValidator(plain)]
 PlainJson = Annotated[JsonValue, AfterValidator(_check_can_be_said)]
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 _LONGEST_COUNT: Final = 16

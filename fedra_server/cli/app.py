@@ -69,8 +69,9 @@ def init(
         list[str] | None,
         typer.Option(
             "--host-name",
-            help="A name or address by which sites reach this machine; may be repeated. It goes "
-            "into the server's certificate; this machine's own are there by default.",
+            help="A further name or address by which sites reach this machine; may be repeated. "
+            "It goes into the server's certificate, beside those that are there and, where the "
+            "server listens on all addresses, this machine's own.",
         ),
     ] = None,
     certificate_file: Annotated[
@@ -82,7 +83,7 @@ def init(
 ) -> None:
     """Make a server home, its settings and its certificates.
 
-    Safe to repeat: what is there stays.
+    Safe to repeat: what is there stays, and --host-name adds to it.
     """
     place = ServerHome(home.absolute())
     check_access(place)
@@ -95,7 +96,7 @@ def init(
         before = CONFIG_TEMPLATE if is_new else place.config_file.read_text(encoding="utf-8")
         after = with_settings(before, settings)
         if is_new or after != before:
-            write_durably(place.config_file, after.encode())
+            write_durably(place.config_file, after.encode(), is_private=is_new)
     config = ServerConfig.load(place)
     Store.open(place.path, config.database_url).close()
     authority = ensure_authority(place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -24,7 +24,9 @@ def show_journal(
     expect: Annotated[
         str | None,
         typer.Option(
-            metavar="NUMBER:SHA256", help="What --head printed once; the journal must contain it."
+            metavar="NUMBER:SHA256",
+            help="What --head printed once; the journal must contain it. Only the verdict is "
+            "printed, unless --json is given.",
         ),
     ] = None,
     home: HomeOption = DEFAULT_HOME,
@@ -47,7 +49,7 @@ def show_journal(
         entries = place.store.journal(since, wanted)
         if as_json:
             tell_json(_document(entries, outcome))
-        else:
+        elif expected is None:
             _tell(entries)
     if not as_json:
         _tell_outcome(outcome, head_alone=head)
@@ -77,8 +79,22 @@ def _tell(entries: Iterable[Entry]) -> None:
     """Print a line for each entry; there may be more of them than memory would hold."""
     for it in entries:
         line = f"{it.sequence:>6}  {format_time(it.at)}  {it.event:<18}  {it.subject}"
-        details = " ".join(f"{key}={value}" for key, value in json.loads(it.details).items())
+        details = " ".join(_plainly(json.loads(it.details)))
         typer.echo(printable(f"{line}  by {it.by}  {details}".rstrip()))
+
+
+def _plainly(details: Mapping[str, JsonValue], within: str = "") -> Iterator[str]:
+    """Write what is known of an entry's details for people."""
+    for name, value in details.items():
+        key = f"{within}{name}"
+        if isinstance(value, dict):
+            yield from _plainly(value, f"{key}.")
+        elif isinstance(value, bool):
+            yield f"{key}={'yes' if value else 'no'}"
+        elif isinstance(value, int | float) and name.endswith("_at"):
+            yield f"{key}={format_time(value).replace(' ', 'T')}"
+        elif value is not None:
+            yield f"{key}={value}"
 
 
 def _tell_outcome(outcome: Head | BrokenChain, *, head_alone: bool) -> None:

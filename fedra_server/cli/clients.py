@@ -9,7 +9,7 @@ import typer
 
 from fedra_server.chain import COMMAND
 from fedra_server.cli.names import find_member
-from fedra_server.cli.output import format_bytes, format_time, tell_json, tell_table
+from fedra_server.cli.output import format_bytes, format_time, shorten, tell_json, tell_table
 from fedra_server.cli.workplace import (
     DEFAULT_HOME,
     HomeOption,
@@ -57,7 +57,7 @@ def list_clients(
                 format_bytes(client.profile.memory_bytes),
                 client.rounds_contributed,
                 format_time(client.last_seen_at),
-                "; ".join(f"in run {it.run}: {it.why}" for it in client.rests) or "no",
+                shorten("; ".join(f"in run {it.run}: {it.why}" for it in client.rests)) or "no",
             ]
             for client in clients
         ],
@@ -73,7 +73,8 @@ def remove(
 ) -> None:
     """End a membership at once.
 
-    Its key and its sessions stop working, no other client notices. What it delivered stays. It comes back only as a new client, with a new join string.
+    Its key and its sessions stop working, no other client notices. What it delivered stays. It
+    comes back only as a new client, with a new join string.
     """
     with open_workplace(home) as place:
         member = find_member(place.store, client)

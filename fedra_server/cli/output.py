@@ -13,6 +13,7 @@ from pydantic import BaseModel, JsonValue
 _UNITS: Final = ("KB", "MB", "GB")
 _STEP: Final = 1000
 _MOST_SHOWN: Final = 400
+_MOST_IN_A_CELL: Final = 120
 
 
 def tell_json(value: JsonValue | BaseModel) -> None:
@@ -40,6 +41,11 @@ def printable(text: str) -> str:
     """Show what may come from a client without letting it steer the terminal."""
     shown = "".join(letter if letter.isprintable() else "?" for letter in text)
     return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+
+
+def shorten(text: str) -> str:
+    """Cut what would break a table; the JSON document has the whole."""
+    return text if len(text) <= _MOST_IN_A_CELL else f"{text[: _MOST_IN_A_CELL - 3]}..."
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -10,7 +10,7 @@ import typer
 from pydantic import JsonValue
 
 from fedra_edge.protocol.ids import AssignmentId
-from fedra_server.cli.output import format_time, tell_json, tell_table
+from fedra_server.cli.output import format_time, shorten, tell_json, tell_table
 from fedra_server.cli.workplace import (
     DEFAULT_HOME,
     HomeOption,
@@ -41,7 +41,10 @@ def list_held(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """List the deltas that wait for a decision."""
+    """List the deltas that wait for a decision.
+
+    Those of runs that are over stay until they are discarded; nothing merges them any more.
+    """
     with open_workplace(home) as place:
         rows = place.store.held_screenings(run)
         rows.sort(key=lambda row: (row.judged_at, row.assignment_id))
@@ -53,11 +56,12 @@ def list_held(
         tell_json({"deltas": [*found]})
         return
     tell_table(
-        ["DELTA", "RUN", "ROUND", "CLIENT", "SINCE", "PIECES", "WHY"],
+        ["DELTA", "RUN", "ROUND", "CLIENT", "JUDGED AT", "PIECES", "WHY"],
         [
             [
-                it["delta"], it["run"], it["round"], it["client"], it["since"],
-                ",".join(row.piece for row in own), own[0].reason,
+                it["delta"], f"{it['run']} ({it['run_state']})", it["round"], it["client"],
+                format_time(own[0].judged_at), shorten(",".join(row.piece for row in own)),
+                shorten(own[0].reason),
             ]
             for it, own in (
                 (it, [row for row in rows if row.assignment_id == it["delta"]]) for it in found
@@ -79,14 +83,15 @@ def show(
                 f"delta {delta} was not screened", remedy="See `fedra-server quarantine list`."
             )
         summary = _summary(place, AssignmentId(delta), rows)
+        merged = place.store.merged_in(AssignmentId(delta))
     if as_json:
         tell_json(summary)
         return
     typer.echo(f"Delta {delta} of client {summary['client']} ({summary['client_id']})")
-    typer.echo(f"Run {summary['run']}, round {summary['round']}; it is {summary['state']}")
+    typer.echo(f"Run {summary['run']}, round {summary['round']}; the delta is {summary['state']}")
     typer.echo(f"File {summary['file']}\n")
     tell_table(
-        ["PIECE", "NORM", "COSINE", "SCALE", "VERDICT", "SINCE THEN", "WHY"],
+        ["PIECE", "NORM", "COSINE", "SCALE", "VERDICT", "DECISION", "MERGED IN", "WHY"],
         [
             [
                 row.piece,
@@ -95,6 +100,7 @@ def show(
                 f"{row.scale:.3g}",
                 row.verdict,
                 row.outcome or "-",
+                f"revision {merged[row.piece]}" if row.piece in merged else "-",
                 row.reason or "-",
             ]
             for row in rows
@@ -143,14 +149,15 @@ def _summary(
 ) -> dict[str, JsonValue]:
     assignment = place.store.assignment(delta)
     client = place.store.client(assignment.client_id)
+    merged = place.store.merged_in(delta)
     return {
         "delta": delta,
         "run": assignment.run,
+        "run_state": place.store.run(assignment.run).state.value,
         "round": assignment.round_number,
         "client_id": client.client_id,
         "client": client.name,
         "state": assignment.state.value,
-        "since": format_time(rows[0].judged_at),
         "judged_at": rows[0].judged_at,
         "file": str(place.home.delta_file(delta)),
         "pieces": [
@@ -163,6 +170,7 @@ def _summary(
                 "outcome": None if row.outcome is None else row.outcome.value,
                 "reason": row.reason,
                 "revision": row.revision,
+                "merged_in": merged.get(row.piece),
             }
             for row in rows
         ],

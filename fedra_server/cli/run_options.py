@@ -31,10 +31,19 @@ DEFAULT_TRAINING: Final = TrainingSpec()
 DEFAULT_OPTIMIZER: Final = DEFAULT_RUN.server_optimizer
 DEFAULT_SCREENING: Final = DEFAULT_RUN.screening
 
+_NUMBERS: Final = ("min_participants", "buffer_size")
+_MERGING: Final = ("merge", "trim_fraction", "tolerated_attackers")
+_MANY: Final = 100_000
+
 ModelOption = Annotated[str, typer.Option("--model", help="Name of the registered model.")]
 RoundsOption = Annotated[int, typer.Option(help="How many rounds to publish.")]
 MinParticipantsOption = Annotated[
-    int, typer.Option(help="A round needs this many admitted deltas.")
+    int | None,
+    typer.Option(
+        help="A round needs this many clients to begin, and this many deltas to end; those that"
+        " screening then quarantines count. A buffered run needs them for its first round only."
+        f" By default {DEFAULT_RUN.min_participants}, or as many holders as --merge needs."
+    ),
 ]
 DeadlineOption = Annotated[
     float,
@@ -44,9 +53,10 @@ ModeOption = Annotated[
     RunMode, typer.Option(help="synchronous: in rounds; buffered: merge as deltas come.")
 ]
 BufferSizeOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Buffered: a piece merges once deltas of so many different clients wait for it."
+        help="Buffered: a piece merges once deltas of so many different clients wait for it;"
+        f" by default {DEFAULT_RUN.buffer_size}, or as many holders as --merge needs."
     ),
 ]
 MaxStalenessOption = Annotated[
@@ -173,7 +183,8 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
         "tolerated_attackers": chosen.get("tolerate", DEFAULT_RUN.tolerated_attackers),
     }  # fmt: skip
     try:
-        spec = RunSpec.model_validate({**_fields_of(RunSpec, chosen), **parts})
+        given = {**_fields_of(RunSpec, chosen), **parts}
+        spec = RunSpec.model_validate({**_default_numbers(given), **given})
     except ValidationError as error:
         raise usage_error(error) from None
     idle = _options_without_effect(spec)
@@ -189,6 +200,26 @@ def chosen_run_spec(chosen: Mapping[str, Any], model: ModelSpec) -> RunSpec:
             remedy=f"Give at most {model.num_layers}, or leave --max-layers out.",
         )
     return spec
+
+
+def _default_numbers(given: dict[str, Any]) -> dict[str, int]:
+    """Take out the numbers of clients that nobody gave; give what the merge needs in their place.
+
+    Raises:
+        ValidationError: A value is out of range.
+    """
+    left_out = [name for name in _NUMBERS if given.get(name) is None]
+    for name in left_out:
+        given.pop(name, None)
+    merging = {name: given[name] for name in _MERGING if name in given}
+    many = dict.fromkeys(_NUMBERS, _MANY)
+    needed = RunSpec.model_validate({"adapter": DEFAULT_ADAPTER, **merging, **many}).holders_needed
+    is_buffered = given.get("mode") == "buffered"
+    return {
+        name: max(getattr(DEFAULT_RUN, name), needed)
+        for name in left_out
+        if name != "buffer_size" or is_buffered
+    }
 
 
 def _options_without_effect(spec: RunSpec) -> list[str]:

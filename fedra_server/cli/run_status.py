@@ -7,7 +7,13 @@ from typing import Final
 
 import typer
 
-from fedra_server.cli.output import format_bytes, format_layers, format_time, tell_table
+from fedra_server.cli.output import (
+    format_bytes,
+    format_layers,
+    format_time,
+    shorten,
+    tell_table,
+)
 from fedra_server.reporting import READY
 from fedra_server.reports import DeltaReport, OpenRoundReport, RunReport
 from fedra_server.runs import RunState
@@ -52,7 +58,7 @@ def _tell_round(report: RunReport, current: OpenRoundReport) -> None:
                 it.depth,
                 it.steps,
                 format_bytes(it.predicted_peak_bytes),
-                it.detail or it.reason,
+                shorten(it.detail or it.reason),
             ]
             for it in current.participants
         ],
@@ -89,7 +95,8 @@ def _tell_resting(report: RunReport) -> None:
     if report.resting:
         typer.echo("\nClients that failed again and again, and rest")
         rows = [
-            [it.name, it.failures, format_time(it.until_at), it.reason] for it in report.resting
+            [it.name, it.failures, format_time(it.until_at), shorten(it.reason)]
+            for it in report.resting
         ]
         tell_table(["CLIENT", "FAILURES", "RESTS UNTIL", "LAST WITH"], rows, empty="")
 
@@ -118,7 +125,7 @@ def _tell_waiting(report: RunReport) -> None:
     elif report.waiting:
         typer.echo("\nOnline, but not in this round")
     if report.waiting:
-        rows = [[it.name, it.reason] for it in report.waiting]
+        rows = [[it.name, shorten(it.reason)] for it in report.waiting]
         tell_table(["CLIENT", "WHY"], rows, empty="")
 
 

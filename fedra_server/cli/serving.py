@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated, Final
 
 import typer
 
+from fedra_edge.protocol.plain_text import log_plainly
 from fedra_server.cli.workplace import DEFAULT_HOME, HomeOption, example, initialised_home
 from fedra_server.config import ServerConfig
 
@@ -36,10 +36,7 @@ def serve(
     config = ServerConfig.load(place)
     chosen = {"host": host, "port": port}
     config = config.model_copy(update={k: v for k, v in chosen.items() if v is not None})
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    log_plainly(config.log_level.upper())
     from fedra_server.http import serving
 
     raise typer.Exit(serving.serve(place, config))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from typing import Annotated, Final
-from urllib.parse import urlsplit
 
 import typer
 from pydantic import ValidationError
 
-from fedra_server.addressing import is_loopback
-from fedra_server.authority import AuthorityFiles, certificate_names
 from fedra_server.chain import COMMAND
 from fedra_server.cli.names import find_member, usage_error
 from fedra_server.cli.output import format_time, tell_json, tell_table
@@ -18,11 +15,11 @@ from fedra_server.cli.workplace import (
     DEFAULT_HOME,
     HomeOption,
     JsonOption,
-    Workplace,
     example,
     open_workplace,
 )
 from fedra_server.durations import parse_duration
+from fedra_server.foreseeing import surprises
 from fedra_server.inviting import TokenWish, invite, summarize_token
 
 _MOST_USES: Final = 100_000
@@ -75,7 +72,8 @@ def create(
             raise usage_error(error) from None
         made = invite(place.store, place.home, place.config, wish, by=COMMAND, now=now)
         reached_at = made.join_string.address
-        _warn_of_names(place, reached_at)
+        for line in surprises(place.home, place.config, reached_at, is_chosen=address is not None):
+            typer.echo(line, err=True)
     if as_json:
         told = {"join_string": str(made.join_string), "address": reached_at}
         tell_json({**summarize_token(made.token, now).model_dump(mode="json"), **told})
@@ -124,27 +122,6 @@ def revoke(
         tell_json(summarize_token(token, now))
     else:
         typer.echo(f"Revoked the join string {token_id}")
-
-
-def _warn_of_names(place: Workplace, address: str) -> None:
-    """Say on standard error what would surprise whoever uses the join string elsewhere."""
-    parts = urlsplit(address)
-    host = parts.hostname or ""
-    if is_loopback(host):
-        typer.echo(
-            "This join string works on this machine only; for others set address in server.toml, "
-            "or give --address.",
-            err=True,
-        )
-        return
-    issued = AuthorityFiles.of(place.home).server
-    is_own = place.config.certificate_file is None and issued.exists()
-    if parts.scheme == "https" and is_own and host not in certificate_names(place.home):
-        typer.echo(
-            f"The server's certificate does not name {host}: add it to host_names in server.toml "
-            "and start the server again, unless a reverse proxy answers there.",
-            err=True,
-        )
 
 
 def _seconds(text: str) -> float:

@@ -56,7 +56,6 @@ def enrol(request: EnrolRequest, services: ServicesHere) -> EnrolReceipt:
         return EnrolReceipt(client_id=require_member(known).client_id)
     now = services.clock.now()
     _require_admission(services, request.join_secret, now)
-    services.enrolments.enter(now, services.config.max_enrolments_per_minute)
     _require_run(services, request.run)
     client = ClientRecord(
         client_id=ClientId(secrets.token_hex(8)),
@@ -68,9 +67,10 @@ def enrol(request: EnrolRequest, services: ServicesHere) -> EnrolReceipt:
         is_online=True,
         has_left=False,
     )
-    enrolled = services.store.enrol(
-        client, request.public_key, request.join_secret, services.config.max_clients
-    )
+    with services.enrolments.enter(now, services.config.max_enrolments_per_minute):
+        enrolled = services.store.enrol(
+            client, request.public_key, request.join_secret, services.config.max_clients
+        )
     services.sessions.end_all(enrolled.client_id)
     fault_point("enrol.recorded")
     services.coordinator.wake()
@@ -86,17 +86,26 @@ def enrol(request: EnrolRequest, services: ServicesHere) -> EnrolReceipt:
     status_code=204,
 )
 def change_key(change: KeyChange, services: ServicesHere, client: Caller) -> None:
-    """Let a new key take the place of a client's; sessions go on, repeating it is harmless."""
+    """Let a new key take the place of a client's, which agrees; its sessions end.
+
+    Repeating it, after a lost answer, changes nothing.
+    """
     message = key_message(services.authority.ca_sha256, client.client_id, change.public_key)
     check_signature(change.public_key, change.signature, message)
+    previous = services.store.key_of(client.client_id)
+    if previous == change.public_key:
+        return
+    check_signature(previous, change.previous_signature, message)
+    services.key_changes.enter(client.client_id, services.clock.now())
     try:
-        services.store.change_key(client.client_id, change.public_key)
+        services.store.change_key(client.client_id, change.public_key, previous)
     except ConflictError as error:
         raise NotPermittedError("this key is of another client") from error
+    services.sessions.end_all(client.client_id)
     fault_point("key.changed")
 
 
-@mount(router, routes.REJOIN, *FOR_CLIENTS, ProblemCode.NOT_FOUND)
+@mount(router, routes.REJOIN, *FOR_CLIENTS, ProblemCode.NOT_FOUND, ProblemCode.NOT_PERMITTED)
 def rejoin(request: RejoinRequest, services: ServicesHere, client: Caller) -> ClientStatus:
     """Note that a client is back, perhaps changed, renamed or for another run."""
     _require_run(services, request.run)

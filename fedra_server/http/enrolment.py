@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from fedra_server.http.problems import NotNowError
@@ -18,8 +20,9 @@ class EnrolmentPace:
         self._lock = threading.Lock()
         self._moments: deque[float] = deque()
 
-    def enter(self, now: float, limit: int) -> None:
-        """Count one more enrolment.
+    @contextmanager
+    def enter(self, now: float, limit: int) -> Iterator[None]:
+        """Count one more enrolment, unless the block refuses it.
 
         Raises:
             NotNowError: There were ``limit`` in the last minute.
@@ -33,3 +36,9 @@ class EnrolmentPace:
                     retry_after_s=max(1, int(self._moments[0] + _WINDOW_S - now)),
                 )
             self._moments.append(now)
+        try:
+            yield
+        except BaseException:
+            with self._lock, suppress(ValueError):  # it may be a minute ago
+                self._moments.remove(now)
+            raise

@@ -129,7 +129,7 @@ class FairShare:
                 await asyncio.sleep(_HOLD_S)
             else:
                 headers["Connection"] = "close"
-        whose = "this client asks" if caller.is_known else "callers from this address ask"
+        whose = "this caller asks" if caller.is_known else "callers from this address ask"
         told = f"{whose} {what}"
         return problem_response(ProblemCode.TOO_MANY_REQUESTS, told, headers=headers)
 

@@ -132,7 +132,10 @@ class _WatchedBody:
 
 
 class ProtocolStamp:
-    """Adds the server's protocol version to every response."""
+    """Adds the server's protocol version to every response, and lets nobody keep what may change.
+
+    Much of it is for one caller only, or a secret: a response says when it may be kept.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -142,7 +145,9 @@ class ProtocolStamp:
 
         async def send_stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[PROTOCOL_HEADER] = PROTOCOL_VERSION
+                headers = MutableHeaders(scope=message)
+                headers[PROTOCOL_HEADER] = PROTOCOL_VERSION
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
         await self._app(scope, receive, send_stamped if scope["type"] == "http" else send)

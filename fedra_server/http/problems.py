@@ -42,8 +42,14 @@ class Answer(NamedTuple):
 
 _RETRAIN: Final = "Nothing to do: the client sets this result aside and takes the next round."
 _CHECK_WAY: Final = "Check proxies on the way; they may alter requests."
-_WAIT: Final = "Nothing to do: the client waits as long as Retry-After says, and goes on."
+_WAIT: Final = "Wait as long as Retry-After says; a client does so by itself, and goes on."
 _REINSTALL: Final = "Update the client software at this site to the version the server runs."
+_OPERATORS_PATH: Final = "/v1/operator"
+_CORRECT: Final = "Correct the request; /openapi.json says what it takes."
+_SEEK: Final = (
+    "Check the address; /openapi.json lists what there is, and what operators may ask begins with "
+    f"{_OPERATORS_PATH}/."
+)
 
 ANSWERS: Final[Mapping[ProblemCode, Answer]] = {
     ProblemCode.MALFORMED_REQUEST: Answer(422, _REINSTALL),
@@ -89,7 +95,7 @@ ANSWERS: Final[Mapping[ProblemCode, Answer]] = {
         429, "Finish the deltas that have begun; the client does so by itself."
     ),
     ProblemCode.TRANSFER_EXHAUSTED: Answer(429, _WAIT),
-    ProblemCode.METHOD_NOT_ALLOWED: Answer(405, "Check the address; see /openapi.json."),
+    ProblemCode.METHOD_NOT_ALLOWED: Answer(405, _SEEK),
     ProblemCode.PROTOCOL_MISMATCH: Answer(426, _REINSTALL),
     ProblemCode.REQUEST_TOO_LARGE: Answer(413, _REINSTALL),
     ProblemCode.RANGE_NOT_SATISFIABLE: Answer(
@@ -265,9 +271,10 @@ async def _answer_not_now(_request: Request, error: Exception) -> Response:
     )
 
 
-async def _answer_malformed(_request: Request, error: Exception) -> Response:
+async def _answer_malformed(request: Request, error: Exception) -> Response:
     faults = error.errors() if isinstance(error, RequestValidationError) else []
-    return problem_response(ProblemCode.MALFORMED_REQUEST, _describe_faults(faults))
+    code = ProblemCode.MALFORMED_REQUEST
+    return problem_response(code, _describe_faults(faults), remedy=_remedy(request, code))
 
 
 async def _answer_framework_error(request: Request, error: Exception) -> Response:
@@ -275,7 +282,17 @@ async def _answer_framework_error(request: Request, error: Exception) -> Respons
         return _answer_unexpected(request, error)
     of_status = _CODE_OF_STATUS.get(error.status_code, ProblemCode.MALFORMED_REQUEST)
     code = error.code if isinstance(error, RefusedBodyError) else of_status
-    return problem_response(code, str(error.detail), headers=error.headers)
+    remedy = _remedy(request, code)
+    return problem_response(code, str(error.detail), remedy=remedy, headers=error.headers)
+
+
+def _remedy(request: Request, code: ProblemCode) -> str:
+    """Advise an operator's program in its own terms, not as if it were a client's."""
+    if code is ProblemCode.NOT_FOUND:  # there is no such route
+        return _SEEK
+    remedy = ANSWERS[code].remedy
+    is_operators = request.url.path.startswith(f"{_OPERATORS_PATH}/")
+    return _CORRECT if is_operators and remedy is _REINSTALL else remedy
 
 
 async def _answer_disk_error(request: Request, error: Exception) -> Response:

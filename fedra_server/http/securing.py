@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
 import ssl
 from asyncio.sslproto import SSLProtocol
 from datetime import timedelta
@@ -14,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
-from fedra_server.addressing import wanted_names
+from fedra_server.addressing import names_here
 from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import ConfigurationError, FedraServerError
 from fedra_server.http.connections import MAX_HEAD_S, BoundedProtocol
@@ -107,7 +105,7 @@ class ServerTls:
             base = self._home.path
             key = None if config.key_file is None else base / config.key_file
             return ChainFiles(base / config.certificate_file, key)
-        names = wanted_names(config, socket.gethostname(), _machine_addresses())
+        names = names_here(config)
         lifetime = timedelta(days=config.certificate_days)
         return ChainFiles(issue_if_due(self._home, names, lifetime))
 
@@ -242,17 +240,3 @@ def _unusable(files: ChainFiles, reason: str) -> ConfigurationError:
         remedy="certificate_file holds the certificate and then its chain in PEM, key_file its key "
         "without a passphrase. Without both settings the server uses certificates of its own.",
     )
-
-
-def _machine_addresses() -> tuple[str, ...]:
-    """Give the addresses by which other machines may reach this one."""
-    import psutil  # a few megabytes, for servers that listen everywhere
-
-    with contextlib.suppress(OSError):
-        return tuple(
-            address.address
-            for interface in psutil.net_if_addrs().values()
-            for address in interface
-            if address.family in {socket.AF_INET, socket.AF_INET6} and "%" not in address.address
-        )
-    return ()

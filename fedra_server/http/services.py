@@ -23,6 +23,7 @@ from fedra_server.errors import RefusedError
 from fedra_server.http.challenges import Challenges
 from fedra_server.http.changes import ChangeSignal
 from fedra_server.http.enrolment import EnrolmentPace
+from fedra_server.http.key_changes import KeyChangePace
 from fedra_server.http.pacing import Allowances
 from fedra_server.http.reach import Reach
 from fedra_server.http.reservations import Reservations
@@ -58,6 +59,7 @@ class Services:
     free_bytes: Callable[[Path], int] = free_disk_bytes
     changes: ChangeSignal = field(default_factory=ChangeSignal)
     enrolments: EnrolmentPace = field(default_factory=EnrolmentPace)
+    key_changes: KeyChangePace = field(default_factory=KeyChangePace)
     sessions: Sessions = field(default_factory=Sessions)
     challenges: Challenges = field(default_factory=Challenges)
     receiving: Reservations = field(default_factory=Reservations)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.chain import Event, author, sha256_of
-from fedra_server.errors import NotFoundError
+from fedra_server.errors import NotFoundError, NotPermittedError, RefusedError
 from fedra_server.hiding import without_secrets
 from fedra_server.runs import AssignmentState
 from fedra_server.storage import tables
@@ -47,17 +48,31 @@ class ClientRecords(Database):
         with self.reading() as connection:
             return find_by_key(connection, public_key)
 
-    def change_key(self, client_id: ClientId, public_key: str) -> None:
-        """Let another key take the place of a member's; the same key changes nothing.
+    def key_of(self, client_id: ClientId) -> str:
+        """Give the key in force of a client.
+
+        Raises:
+            NotFoundError: No such client.
+        """
+        found = self.client_and_key(client_id)
+        if found is None:
+            raise NotFoundError(f"there is no client {without_secrets(client_id)}")
+        return found[1]
+
+    def change_key(self, client_id: ClientId, public_key: str, previous: str) -> None:
+        """Let another key take the place of a member's, unless a third one has done so already.
 
         Raises:
             NotFoundError: No such client, or it has left.
             ConflictError: The key is another client's.
+            RefusedError: The previous key is not in force any more.
         """
         with self.writing() as connection:
             row = connection.execute(_ONE, {"client": client_id}).one_or_none()
-            if row is not None and row.public_key == public_key and not row.has_left:
-                return
+            if row is not None and row.public_key != previous:
+                raise RefusedError(
+                    ProblemCode.SIGNATURE_INVALID, "the key was changed by another request"
+                )
             _update_member(connection, client_id, public_key=public_key)
             details = {"public_key_sha256": sha256_of(public_key)}
             write_entry(connection, Event.CLIENT_KEY_CHANGED, client_id, author(client_id), details)
@@ -69,7 +84,7 @@ class ClientRecords(Database):
             NotFoundError: No such client.
         """
         with self.reading() as connection:
-            return _client(connection, client_id)
+            return find_client(connection, client_id)
 
     def clients(self, *, include_left: bool = False) -> list[ClientRecord]:
         """Give the population, in the order of enrolment."""
@@ -94,12 +109,15 @@ class ClientRecords(Database):
 
         Raises:
             NotFoundError: No such client, or it has left.
+            NotPermittedError: It would take another member's name.
         """
         values = {"profile": profile.model_dump_json(), "run": run}
         if name is not None:
             values["name"] = name
         forget = delete(tables.calibrations).where(tables.calibrations.c.client_id == client_id)
         with self.writing() as connection:
+            if name is not None and name != find_client(connection, client_id).name:
+                require_free_name(connection, name)
             connection.execute(forget)
             return _update_member(connection, client_id, is_online=True, last_seen_at=now, **values)
 
@@ -160,7 +178,7 @@ class ClientRecords(Database):
             columns.client_id == client_id, columns.model_id == calibration.model_id
         )
         with self.writing() as connection:
-            _client(connection, client_id)
+            find_client(connection, client_id)
             if connection.execute(change.values(values)).rowcount == 0:
                 connection.execute(insert(tables.calibrations).values({**keys, **values}))
 
@@ -184,6 +202,22 @@ def find_by_key(connection: Connection, public_key: str) -> ClientRecord | None:
     return None if row is None else client_record(row)
 
 
+def require_free_name(connection: Connection, name: str) -> None:
+    """Refuse a name by which an operator means another member already.
+
+    Raises:
+        NotPermittedError: It is one's name, whatever its capitals, or its id.
+    """
+    is_taken = or_(func.lower(_CLIENTS.name) == name.lower(), _CLIENTS.client_id == name)
+    query = select(func.count()).where(is_taken, _CLIENTS.has_left.is_(False))
+    if connection.execute(query).scalar_one():
+        raise NotPermittedError(
+            f"another member is named {without_secrets(name)} already",
+            remedy="Give this site a name of its own with --name; if it is that member, say after "
+            f"a disk swap, ask the operator for 'fedra-server token create --client {name}'.",
+        )
+
+
 def find_calibrations(connection: Connection, model_id: str) -> dict[ClientId, Calibration]:
     """Read inside a transaction what each member measured of a model."""
     query = (
@@ -203,10 +237,10 @@ def _update_member(connection: Connection, client_id: ClientId, **values: object
     )
     if connection.execute(change.values(values)).rowcount == 0:
         raise NotFoundError(f"there is no member {client_id}")
-    return _client(connection, client_id)
+    return find_client(connection, client_id)
 
 
-def _client(connection: Connection, client_id: ClientId) -> ClientRecord:
+def find_client(connection: Connection, client_id: ClientId) -> ClientRecord:
     row = connection.execute(_ONE, {"client": client_id}).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no client {without_secrets(client_id)}")

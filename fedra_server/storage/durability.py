@@ -88,5 +88,10 @@ def write_durably(path: Path, data: bytes, *, is_private: bool = False) -> None:
         part.unlink(missing_ok=True)
 
 
+def make_private(path: Path) -> None:
+    """Make an empty file for its owner only, unless there is one."""
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)

@@ -15,6 +15,7 @@ from fedra_server.chain import SERVER, Event
 from fedra_server.errors import ConflictError, NotFoundError
 from fedra_server.runs import AssignmentState, RunState
 from fedra_server.storage import tables
+from fedra_server.storage.clients import find_client
 from fedra_server.storage.database import Database
 from fedra_server.storage.journal import write_entry
 from fedra_server.storage.records import (
@@ -38,6 +39,7 @@ from fedra_server.storage.screenings import (
     tell_screening,
     write_screening,
 )
+from fedra_server.storage.tokens import require_member
 
 _ROUNDS = tables.rounds.c
 _ASSIGNMENTS = tables.assignments.c
@@ -221,6 +223,7 @@ class RoundRecords(Database):
         Raises:
             NotFoundError: No such assignment.
             ConflictError: Its state is none of ``only_from``.
+            RefusedError: It would be admitted, and its client's membership is over.
         """
         change = update(tables.assignments).where(
             _ASSIGNMENTS.assignment_id == assignment_id,
@@ -232,6 +235,8 @@ class RoundRecords(Database):
         with self.writing() as connection:
             before = _assignment(connection, assignment_id)
             _lock_run(connection, before.run)
+            if state is AssignmentState.ADMITTED:
+                require_member(find_client(connection, before.client_id))
             is_changed = connection.execute(change.values(values)).rowcount == 1
             after = _assignment(connection, assignment_id)
             if not is_changed:

@@ -93,6 +93,13 @@ class ScreeningRecords(Database):
         with self.reading() as connection:
             return _records(connection, query)
 
+    def merged_in(self, assignment_id: AssignmentId) -> dict[str, int]:
+        """Give the revision that each merged piece of a delta went into."""
+        merges = tables.merges.c
+        query = select(merges.piece, merges.revision).where(merges.assignment_id == assignment_id)
+        with self.reading() as connection:
+            return {row.piece: row.revision for row in connection.execute(query)}
+
     def record_screening(self, run: str, screening: Screening, now: float) -> None:
         """Record a judgement after which nothing is left to publish."""
         with self.writing() as connection:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from fedra_server.config import ServerHome
 from fedra_server.storage.clients import ClientRecords
-from fedra_server.storage.durability import disk_errors, make_directory, sync_directory
+from fedra_server.storage.durability import (
+    disk_errors,
+    make_directory,
+    make_private,
+    sync_directory,
+)
 from fedra_server.storage.evaluations import EvaluationRecords
 from fedra_server.storage.evidence import Evidence
 from fedra_server.storage.histories import RunHistories
@@ -57,6 +62,8 @@ class Store(
         """
         with disk_errors("opening the server's home"):
             make_directory(home)
+            if url is None:  # what SQLite adds to it has the same mode
+                make_private(ServerHome(home).database_file)
             store = cls(url or ServerHome(home).database_url)
             try:
                 migrate(store)

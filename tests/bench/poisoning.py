@@ -71,7 +71,7 @@ _SHOWN: Final = (
 """Screening and robust merges each by themselves."""
 _RATES: Final = (0.01, 0.03, 0.1)
 _MIXES: Final = (0.3, 1.0, 10.0)
-_CLOSE: Final = 0.9
+_CLOSE: Final = 0.85
 """A defence holds when the attacked run keeps so much of the clean run's accuracy."""
 
 

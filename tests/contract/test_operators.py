@@ -142,6 +142,16 @@ def test_a_client_is_nobody_where_operators_call(ask: Ask, site: Site, route: Ro
     assert ask(route, site.credential).status_code == 401
 
 
+@pytest.mark.parametrize("path", ["/v1/clients", "/v1/runs"])
+def test_who_looks_in_the_wrong_place_is_told_of_the_right_one(
+    hq: Headquarters, operator: Callable[..., str], path: str
+) -> None:
+    headers = {**PROTOCOL, "Authorization": f"Bearer {operator(Role.VIEW)}"}
+    refusal = httpx.get(f"{hq.url}{path}", headers=headers)
+    assert refusal.status_code in {404, 405}
+    assert "/v1/operator/" in refusal.json()["remedy"]
+
+
 def test_an_operator_that_expired_or_was_removed_is_nobody(
     hq: Headquarters, ask: Ask, operator: Callable[..., str]
 ) -> None:
@@ -224,7 +234,10 @@ def test_a_token_made_over_http_admits_and_a_revoked_one_does_not(
         wrong = [{"uses": 0}, {"ttl_s": 0}, {"label": "\u0000"}, {"address": "ftp://x"},
                  {"uses": 2, "client_id": "x"}, {"more": 1}]  # fmt: skip
         for body in wrong:
-            assert http.post(routes.OPERATOR_CREATE_TOKEN.path, json=body).status_code == 422, body
+            refusal = http.post(routes.OPERATOR_CREATE_TOKEN.path, json=body)
+            assert refusal.status_code == 422, body
+            assert "openapi" in refusal.json()["remedy"]
+            assert "client software" not in refusal.json()["remedy"]
     refused = httpx.post(
         f"{hq.url}{routes.ENROL.path}",
         headers=PROTOCOL,

@@ -127,7 +127,7 @@ def participant(target: Target, request: pytest.FixtureRequest) -> Iterator[Part
     """Enrol a client in the run of the route under test, up to an upload without bytes."""
     run = request.node.callspec.params["name"]
     with connection(target.server.url) as http:
-        site = enrol(http, "plant", run)
+        site = enrol(http, f"plant {run}", run)
         calibrate(site, target.spec)
         work = site.work(wait_s=20)
         upload = site.announce(honest_delta(target.spec, work))

@@ -16,6 +16,7 @@ from cryptography import x509
 
 from fedra_edge.protocol import routes
 from fedra_edge.protocol.ids import ClientId
+from fedra_edge.protocol.messages import RejoinRequest
 from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.routes import Route
 from fedra_edge.protocol.trust import JoinString, pinned_pem
@@ -23,6 +24,7 @@ from fedra_server.authority import AuthorityFiles
 from fedra_server.config import ServerConfig
 from fedra_server.errors import ConfigurationError
 from fedra_server.http import connections, securing
+from fedra_server.http.key_changes import MOST_AN_HOUR
 from fedra_server.inviting import TokenWish, invite
 from fedra_server.leaving import end_membership
 from tests.support.headquarters import PROTOCOL, Headquarters, headquarters, home_in
@@ -172,7 +174,7 @@ def test_an_enrolment_that_was_signed_for_something_else_is_refused(
         "audience": key.enrolment("0" * 64, join_secret=secret).signature,
         "secret": key.enrolment(ours, join_secret=None).signature,
         "key": SiteKey().enrolment(ours, join_secret=secret).signature,
-        "purpose": key.change_for(ours, "client").signature,
+        "purpose": key.change_for(ours, "client", key).signature,
     }[forged]
     request = good.model_copy(update={"signature": signature})
     check_refused(ask(http, routes.ENROL, request), ProblemCode.SIGNATURE_INVALID)
@@ -262,25 +264,103 @@ def test_a_key_changes_without_a_pause(hq: Headquarters, http: httpx.Client) -> 
     client_id = member(hq, http, old)
     member(hq, http, other)
     ca_sha256 = hq.services.authority.ca_sha256
-    session = open_session(http, old, client_id)
-    headers = {"Authorization": f"Bearer {session}"}
+    first, session = (open_session(http, old, client_id) for _ in range(2))
 
-    def change(key: SiteKey, signed_by: SiteKey) -> httpx.Response:
-        body = key.change_for(ca_sha256, client_id)
-        signature = signed_by.change_for(ca_sha256, client_id).signature
-        with site_http(hq) as changing:
-            changing.headers.update(headers)
-            return ask(
-                changing, routes.CHANGE_KEY, body.model_copy(update={"signature": signature})
-            )
+    def change(key: SiteKey, signed_by: SiteKey, allowed_by: SiteKey) -> httpx.Response:
+        body = key.change_for(ca_sha256, client_id, allowed_by)
+        signature = signed_by.change_for(ca_sha256, client_id, allowed_by).signature
+        forged = body.model_copy(update={"signature": signature})
+        return ask(http, routes.CHANGE_KEY, forged, session)
 
-    check_refused(change(new, signed_by=old), ProblemCode.SIGNATURE_INVALID)
-    check_refused(change(other, signed_by=other), ProblemCode.NOT_PERMITTED)
-    assert [change(new, signed_by=new).status_code for _ in range(2)] == [204, 204]
+    check_refused(change(new, old, allowed_by=old), ProblemCode.SIGNATURE_INVALID)
+    check_refused(change(other, other, allowed_by=old), ProblemCode.NOT_PERMITTED)
     assert use(http, session).status_code == 200
+    assert change(new, new, allowed_by=old).status_code == 204
+    for ended in (first, session):
+        check_refused(use(http, ended), ProblemCode.NOT_AUTHENTICATED)
     stale = old.session_request(ca_sha256, client_id, draw_challenge(http))
     check_refused(ask(http, routes.SESSION, stale), ProblemCode.SIGNATURE_INVALID)
-    assert use(http, open_session(http, new, client_id)).status_code == 200
+    session = open_session(http, new, client_id)
+    assert change(new, new, allowed_by=old).status_code == 204  # the answer was lost on the way
+    assert use(http, session).status_code == 200
+
+
+def test_a_stolen_session_changes_no_key_and_is_dead_after_its_owner_has(
+    hq: Headquarters, http: httpx.Client
+) -> None:
+    old, new, thief = SiteKey(), SiteKey(), SiteKey()
+    client_id = member(hq, http, old)
+    ca_sha256 = hq.services.authority.ca_sha256
+    stolen = open_session(http, old, client_id)
+    theft = thief.change_for(ca_sha256, client_id, thief)
+    check_refused(ask(http, routes.CHANGE_KEY, theft, stolen), ProblemCode.SIGNATURE_INVALID)
+    change = new.change_for(ca_sha256, client_id, old)
+    assert ask(http, routes.CHANGE_KEY, change, stolen).status_code == 204  # it is the owner's too
+    check_refused(use(http, stolen), ProblemCode.NOT_AUTHENTICATED)
+
+
+def test_a_key_changes_a_few_times_an_hour(hq: Headquarters, http: httpx.Client) -> None:
+    key = SiteKey()
+    client_id = member(hq, http, key)
+    ca_sha256 = hq.services.authority.ca_sha256
+    before = hq.services.store.journal_head().sequence
+    for _ in range(MOST_AN_HOUR):
+        new = SiteKey()
+        session = open_session(http, key, client_id)
+        change = new.change_for(ca_sha256, client_id, key)
+        assert ask(http, routes.CHANGE_KEY, change, session).status_code == 204
+        key = new
+    session = open_session(http, key, client_id)
+    refusal = ask(http, routes.CHANGE_KEY, SiteKey().change_for(ca_sha256, client_id, key), session)
+    check_refused(refusal, ProblemCode.TOO_MANY_REQUESTS)
+    assert int(refusal.headers["Retry-After"]) > 0
+    assert hq.services.store.journal_head().sequence == before + MOST_AN_HOUR
+
+
+def test_nobody_takes_the_name_of_another_member(hq: Headquarters, http: httpx.Client) -> None:
+    victim, mallory = SiteKey(), SiteKey()
+    ca_sha256 = hq.services.authority.ca_sha256
+    victims_id = enrol_key(http, victim, "press 9", join_secret=join_string(hq).secret)
+    secret = join_string(hq).secret
+    for name in ("press 9", "PRESS 9", victims_id):
+        refusal = ask(http, routes.ENROL, mallory.enrolment(ca_sha256, name, join_secret=secret))
+        assert "--name" in check_refused(refusal, ProblemCode.NOT_PERMITTED).remedy
+    mallorys_id = enrol_key(http, mallory, "mallory", join_secret=secret)  # nothing was used up
+    session = open_session(http, mallory, mallorys_id)
+    profile = mallory.enrolment(ca_sha256).profile
+    for name in ("press 9", victims_id):
+        taking = RejoinRequest(profile=profile, name=name)
+        check_refused(ask(http, routes.REJOIN, taking, session), ProblemCode.NOT_PERMITTED)
+    now = hq.services.clock.now()
+    end_membership(hq.services.store, ClientId(victims_id), now, removed_by="test")
+    taking = RejoinRequest(profile=profile, name="press 9")
+    assert ask(http, routes.REJOIN, taking, session).status_code == 200
+
+
+def test_an_enrolment_that_is_refused_keeps_nobody_out(tmp_path: Path) -> None:
+    config = ServerConfig(tls="on", enrolment="token", max_enrolments_per_minute=1)
+    with headquarters(home_in(tmp_path), config) as running, site_http(running) as http:
+        ca_sha256 = running.services.authority.ca_sha256
+        unused = join_string(running).secret
+        for _ in range(3):
+            refused = SiteKey().enrolment(ca_sha256, run="nowhere", join_secret=unused)
+            check_refused(ask(http, routes.ENROL, refused), ProblemCode.NOT_FOUND)
+        enrol_key(http, SiteKey(), "first", join_secret=join_string(running).secret)
+        late = SiteKey().enrolment(ca_sha256, join_secret=unused)
+        assert ask(http, routes.ENROL, late).status_code == 503
+
+
+def test_what_is_secret_is_kept_by_no_cache(hq: Headquarters, http: httpx.Client) -> None:
+    key = SiteKey()
+    ca_sha256 = hq.services.authority.ca_sha256
+    enrolled = ask(http, routes.ENROL, key.enrolment(ca_sha256, join_secret=join_string(hq).secret))
+    challenge = http.post(routes.CHALLENGE.path)
+    request = key.session_request(
+        ca_sha256, enrolled.json()["client_id"], challenge.json()["challenge"]
+    )
+    session = ask(http, routes.SESSION, request)
+    for answer in (enrolled, challenge, session):
+        assert (answer.status_code, answer.headers["Cache-Control"]) == (201, "no-store")
 
 
 def test_after_a_disk_swap_the_same_client_has_a_new_key(

@@ -9,11 +9,15 @@ import httpx
 import pytest
 
 from fedra_edge.protocol import routes
+from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.messages import DeltaReceipt
+from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.slices import SliceManifest
+from fedra_server.leaving import end_membership
+from fedra_server.runs import AssignmentState
 from tests.contract.conftest import Participants
 from tests.support.edge_site import eventually
-from tests.support.headquarters import Delta, Headquarters, Site, connection
+from tests.support.headquarters import Delta, Headquarters, Site, calibrate, connection, enrol
 
 
 def deliver(
@@ -42,6 +46,35 @@ def test_one_request_is_enough(hq: Headquarters, participant: tuple[Site, SliceM
     assert answer.headers["Upload-Complete"] == "?1"
     assert hq.services.home.delta_file(work.id).read_bytes() == delta.data
     assert list(hq.services.home.uploads.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_client_that_is_removed_amid_its_delta_is_not_counted(
+    hq: Headquarters, is_whole: bool
+) -> None:
+    with hq.run(f"left-{is_whole}", min_participants=1) as run, connection(hq.url) as http:
+        site = enrol(http, f"removed {is_whole}", run.run)
+        calibrate(site, hq.spec)
+        work = site.work()
+        delta = hq.delta(work)
+        told = delta.manifest.model_dump_json().encode() if is_whole else b""
+
+        def removed_meanwhile() -> Iterator[bytes]:
+            yield told + delta.data[:-1]
+            eventually(lambda: [*hq.services.home.uploads.glob("*.part")] != [])
+            services = hq.services
+            now = services.clock.now()
+            end_membership(services.store, ClientId(site.client_id), now, removed_by="test")
+            yield delta.data[-1:]
+
+        if is_whole:
+            answer = deliver(site, delta, removed_meanwhile())
+        else:
+            answer = site.append(site.announce(delta).upload_id, removed_meanwhile())
+        assert (answer.status_code, answer.json()["code"]) == (403, ProblemCode.CLIENT_REVOKED)
+        assert hq.services.store.assignment(work.id).state is AssignmentState.FAILED
+        assert not hq.services.home.delta_file(work.id).exists()
+        assert list(hq.services.home.uploads.glob("*.part")) == []
 
 
 def test_any_division_into_chunks_is_the_same(

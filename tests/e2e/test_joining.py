@@ -175,7 +175,9 @@ def test_who_is_revoked_while_it_trains_ends_at_once_and_keeps_its_deltas(
     assert outbox.num_waiting == 1
     assert site.join().wait_for_end() == REVOKED
 
-    assert site.command("leave").returncode == 0
+    left = site.command("leave", "--json")
+    assert left.returncode == 0, left.stderr
+    assert json.loads(left.stdout)["told"] is False  # headquarters has done it before
     assert files_with(site.config.membership, b"PRIVATE KEY") == []
     assert outbox.num_waiting == 1
     site.url = join_string(federation)

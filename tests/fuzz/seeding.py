@@ -104,7 +104,11 @@ def wire() -> Iterator[bytes]:
             make_model_spec(),
             problem,
             SessionRequest(client_id="client-1", challenge="1.2.3", signature="g" * 85 + "A"),
-            KeyChange(public_key="k" * 42 + "s", signature="g" * 85 + "Q"),
+            KeyChange(
+                public_key="k" * 42 + "s",
+                signature="g" * 85 + "Q",
+                previous_signature="g" * 85 + "w",
+            ),
             Authority(ca_pem=_CERTIFICATE, ca_sha256=make_digest("ca")),
             Challenge(challenge="1.2.3", expires_in_s=60),
         )

@@ -53,7 +53,7 @@ def test_a_few_seconds_find_nothing(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_must_not_be_is_found(name: str, reason: str, tmp_path: Path) -> None:
-    done = fuzz(name, tmp_path, "-max_total_time=60", "-timeout=1")
+    done = fuzz(name, tmp_path, "-max_total_time=60", "-timeout=5", "-seed=1")
     assert done.returncode != 0
     assert reason in done.stdout
     assert len(list(tmp_path.iterdir())) == 1

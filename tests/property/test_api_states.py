@@ -34,6 +34,7 @@ from fedra_edge.protocol.messages import (
     UploadStatus,
 )
 from fedra_edge.protocol.models import ModelSpec
+from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Train
 from fedra_edge.protocol.slices import SliceManifest
 from fedra_edge.protocol.wire import Token
@@ -317,7 +318,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def checked(self, index: int, answer: httpx.Response) -> httpx.Response:
         assert answer.status_code < 500, answer.text
-        assert (answer.status_code == 401) == self.plants[index].has_left
+        is_turned_away = ProblemCode.CLIENT_REVOKED in answer.text
+        assert is_turned_away == self.plants[index].has_left
         return answer
 
     def owner_of(self, assignment_id: str) -> int | None:

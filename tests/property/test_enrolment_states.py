@@ -28,6 +28,7 @@ from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_server.config import ServerConfig
 from fedra_server.errors import NotFoundError
+from fedra_server.http.key_changes import MOST_AN_HOUR
 from fedra_server.inviting import TokenWish, invite
 from fedra_server.leaving import end_membership
 from tests.support.headquarters import Headquarters, connection, headquarters, home_in
@@ -65,6 +66,7 @@ class Member:
     is_removed: bool = False
     sessions: list[str] = field(default_factory=list)
     past_keys: list[SiteKey] = field(default_factory=list)
+    changes: int = 0
 
 
 class Enrolment(RuleBasedStateMachine):
@@ -154,14 +156,30 @@ class Enrolment(RuleBasedStateMachine):
         if not member.sessions:
             return
         key = SiteKey()
-        change = key.change_for(self.ca_sha256, member.client_id)
+        change = key.change_for(self.ca_sha256, member.client_id, member.key)
         headers = {"Authorization": f"Bearer {member.sessions[-1]}"}
         body = change.model_dump(mode="json")
         answer = self.http.put(routes.CHANGE_KEY.path, json=body, headers=headers)
-        assert answer.status_code == (403 if member.is_removed else 204)
-        if not member.is_removed:
+        if member.is_removed:
+            assert answer.status_code == 403
+        elif member.changes == MOST_AN_HOUR:
+            assert answer.status_code == 429
+        else:
+            assert answer.status_code == 204
+            member.changes += 1
             member.past_keys.append(member.key)
-            member.key = key
+            member.key, member.sessions = key, []
+
+    @rule(thief=members, victim=members)
+    def steal_a_session_to_change_the_key(self, thief: Member, victim: Member) -> None:
+        """A session and a key of one's own are not enough."""
+        if not victim.sessions or victim.is_removed or thief is victim:
+            return
+        change = SiteKey().change_for(self.ca_sha256, victim.client_id, thief.key)
+        headers = {"Authorization": f"Bearer {victim.sessions[-1]}"}
+        body = change.model_dump(mode="json")
+        answer = self.http.put(routes.CHANGE_KEY.path, json=body, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == WRONG_KEY
 
     @rule(member=members)
     def remove(self, member: Member) -> None:

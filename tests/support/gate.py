@@ -135,7 +135,12 @@ class Gate:
         message = key_message(self.authority.ca_sha256, CLIENT_ID, asked.public_key)
         if not is_signed(asked.public_key, asked.signature, message):
             return Reply.problem(ProblemCode.SIGNATURE_INVALID, 403)
+        if asked.public_key == self.public_key:
+            return self._good(Reply(204))
+        if not is_signed(self.public_key, asked.previous_signature, message):
+            return Reply.problem(ProblemCode.SIGNATURE_INVALID, 403)
         self.public_key = asked.public_key
+        self.forget_sessions()
         return self._good(Reply(204))
 
     def _good(self, answer: Reply) -> Reply:

@@ -50,13 +50,13 @@ class SiteKey:
     def enrolment(
         self,
         ca_sha256: str,
-        name: str = "plant",
+        name: str | None = None,
         run: str | None = None,
         join_secret: str | None = None,
     ) -> EnrolRequest:
-        """Make a request that must be believed; the machine is a big one."""
+        """Make a request that must be believed; the machine is a big one, of some name."""
         return EnrolRequest(
-            name=name,
+            name=name or f"plant {self.public}",
             profile=make_profile(memory_bytes=2**40, baseline_bytes=10**8),
             run=run,
             public_key=self.public,
@@ -69,15 +69,23 @@ class SiteKey:
         signature = self.sign(session_message(ca_sha256, client_id, challenge))
         return SessionRequest(client_id=client_id, challenge=challenge, signature=signature)
 
-    def change_for(self, ca_sha256: str, client_id: str) -> KeyChange:
-        """Ask to be the key of a client from now on."""
-        signature = self.sign(key_message(ca_sha256, client_id, self.public))
-        return KeyChange(public_key=self.public, signature=signature)
+    def change_for(self, ca_sha256: str, client_id: str, previous: SiteKey) -> KeyChange:
+        """Ask to be the key of a client from now on, as the one before it agrees."""
+        message = key_message(ca_sha256, client_id, self.public)
+        return KeyChange(
+            public_key=self.public,
+            signature=self.sign(message),
+            previous_signature=previous.sign(message),
+        )
 
 
-def ask(http: httpx.Client, route: Route, body: BaseModel) -> httpx.Response:
-    """Send a value, as it is on the wire."""
+def ask(
+    http: httpx.Client, route: Route, body: BaseModel, session: str | None = None
+) -> httpx.Response:
+    """Send a value, as it is on the wire, perhaps as somebody."""
     headers = {"Content-Type": "application/json"}
+    if session is not None:
+        headers["Authorization"] = f"Bearer {session}"
     return http.request(route.method, route.path, content=body.model_dump_json(), headers=headers)
 
 
@@ -98,7 +106,7 @@ def draw_challenge(http: httpx.Client) -> str:
 def enrol_key(
     http: httpx.Client,
     key: SiteKey,
-    name: str = "plant",
+    name: str | None = None,
     run: str | None = None,
     join_secret: str | None = None,
 ) -> str:

@@ -29,6 +29,7 @@ from fedra_edge.errors import (
     WrongServerError,
 )
 from fedra_edge.exit_codes import ExitCode, exit_code_of
+from fedra_edge.membership import Membership
 from fedra_edge.progress import ClientProgress, Phase
 from fedra_edge.protocol.problems import Problem, ProblemCode
 from fedra_edge.protocol.version import PROTOCOL_VERSION
@@ -124,6 +125,16 @@ def test_https_to_a_server_of_plain_http_says_so(hq: Headquarters, tmp_path: Pat
     assert "seems to speak plain http" in done.stderr
 
 
+def test_http_to_a_server_of_tls_says_so(tmp_path: Path) -> None:
+    config = ServerConfig(tls="on", enrolment="token")
+    with headquarters(home_in(tmp_path / "hq"), config) as secured:
+        server = secured.url.replace("https://", "http://")
+        done = fedra_edge("profile", "--server", server, "--home", tmp_path / "home")
+    assert done.returncode == ExitCode.UNREACHABLE
+    assert "This server speaks https only" in done.stderr
+    assert "try https://" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -165,8 +176,48 @@ def test_a_server_that_is_not_there_is_5_and_the_identity_stays(tmp_path: Path) 
     be_member(tmp_path, server)
     assert fedra_edge("status", "--home", tmp_path).returncode == ExitCode.UNREACHABLE
     assert fedra_edge("leave", "--home", tmp_path).returncode == ExitCode.UNREACHABLE
-    assert fedra_edge("leave", "--home", tmp_path, "--forget").returncode == ExitCode.OK
+    forgotten = fedra_edge("leave", "--home", tmp_path, "--forget")
+    assert forgotten.returncode == ExitCode.OK
+    assert "told       no\n" in forgotten.stdout
+    assert "the server was not told" in forgotten.stdout
     assert fedra_edge("leave", "--home", tmp_path).returncode == ExitCode.CONFIGURATION
+
+
+@pytest.mark.parametrize("way", [[], ["--server", "https://plant.example"]])
+def test_leaving_by_force_may_be_repeated_where_nothing_is(tmp_path: Path, way: list[str]) -> None:
+    home = tmp_path / "home"
+    done = fedra_edge("leave", "--forget", "--home", home, "--json", *way)
+    assert done.returncode == ExitCode.OK, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["told"], told["detail"]) == (False, "no client was enrolled here")
+    assert not home.exists()
+
+
+def test_leaving_by_force_clears_what_a_failed_join_has_kept(tmp_path: Path) -> None:
+    membership = Membership.of(load_config({"server": "https://plant.example", "home": tmp_path}))
+    membership.keys.current()
+    membership.pin.keep("left over")
+    way = ("--home", tmp_path, "--server", "https://plant.example")
+    assert fedra_edge("leave", "--forget", *way).returncode == ExitCode.OK
+    assert list(membership.directory.iterdir()) == []
+
+
+def test_who_headquarters_had_removed_leaves_without_force(
+    hq: Headquarters, tmp_path: Path
+) -> None:
+    be_member(tmp_path, hq.url)
+    done = fedra_edge("leave", "--home", tmp_path, "--json")
+    assert done.returncode == ExitCode.OK, done.stderr
+    told = json.loads(done.stdout)
+    assert told["told"] is False
+    assert "headquarters had ended the membership before" in told["detail"]
+
+
+def test_a_client_of_no_run_works_for_any(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(as_json=False).show({"run": None, "is_online": True, "open_assignment": None})
+    assert capsys.readouterr().out.splitlines() == [
+        "run              any", "is online        yes", "open assignment  none",
+    ]  # fmt: skip
 
 
 def test_a_stranger_is_6_until_one_leaves(hq: Headquarters, tmp_path: Path) -> None:

@@ -322,10 +322,65 @@ def test_a_site_whose_identity_is_of_before_keys_hears_who_it_was(
 
 def test_a_join_string_of_another_server_does_not_replace_a_membership(scene: Scene) -> None:
     join(scene.config())
-    with pytest.raises(ConfigurationError, match="another server") as refusal:
+    scene.server.received.clear()
+    with pytest.raises(WrongServerError, match="fingerprint in the join string") as refusal:
         join(scene.config(scene.join_string(ca_sha256=OTHER)))
-    assert "leave --forget" in refusal.value.remedy
+    assert scene.asked == []
+    remedy = refusal.value.remedy
+    assert 0 < remedy.index("mistyped") < remedy.index("poses") < remedy.index("leave --forget")
     assert join(scene.config()) == CLIENT_ID
+
+
+def test_a_mistyped_fingerprint_costs_no_pin(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.gate.admits = "t2-another"
+    with pytest.raises(JoinRefusedError):
+        join(scene.config())  # which has pinned the authority
+    scene.gate.admits = ADMITTING
+    with pytest.raises(WrongServerError, match="is not the server that is meant") as refusal:
+        join(scene.config(scene.join_string(ca_sha256=OTHER)))
+    assert "mistyped" in refusal.value.remedy
+    assert scene.membership.pin.ca_sha256 == scene.gate.authority.ca_sha256
+    assert caplog.text == ""
+    assert join(scene.config()) == CLIENT_ID
+
+
+def test_a_pin_of_another_server_gives_way_to_the_one_that_was_verified(
+    scene: Scene, other_front: TlsFront, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.membership.pin.keep(other_front.ca_file.read_text(encoding="ascii"))
+    assert join(scene.config()) == CLIENT_ID
+    assert scene.membership.pin.ca_sha256 == scene.gate.authority.ca_sha256
+    assert "is of another server; kept as" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["address", "ca-file"])
+def test_a_stranger_who_cannot_tell_whom_to_trust_does_not_try_for_ever(
+    scene: Scene, other_front: TlsFront, kind: str
+) -> None:
+    config = scene.config(scene.front.url)
+    if kind == "ca-file":
+        config = scene.config(ca_file=other_front.ca_file)
+    with pytest.raises(ConfigurationError, match="cannot be trusted") as refusal:
+        join(config)
+    assert "with the join string that headquarters gives out" in refusal.value.remedy
+    assert scene.asked == []
+
+
+def test_a_join_string_that_a_member_does_not_need_is_told_of(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    join(scene.config())
+    for server in (None, scene.front.url):
+        assert join(scene.config(server)) == CLIENT_ID
+    assert caplog.text == ""
+    other = scene.join_string().replace(ADMITTING, "t9-for-somebody-else")
+    assert join(scene.config(other)) == CLIENT_ID
+    assert f"the member {CLIENT_ID} already, so the join string is not used" in caplog.text
+    assert "somebody-else" not in caplog.text + scene.sent
+    kept = [path for path in scene.home.rglob("*") if path.is_file()]
+    assert not [path for path in kept if ADMITTING.encode() in path.read_bytes()]
 
 
 def test_a_key_that_was_revoked_is_replaced_where_a_new_join_string_admits(scene: Scene) -> None:
@@ -357,7 +412,7 @@ def rotate(config: EdgeConfig) -> None:
         enrolment.rotate_key()
 
 
-def test_a_changed_key_takes_over_and_the_session_stays(scene: Scene) -> None:
+def test_a_changed_key_takes_over_with_a_new_session(scene: Scene) -> None:
     config = scene.config()
     join(config)
     [before] = scene.membership.keys.candidates()
@@ -367,7 +422,7 @@ def test_a_changed_key_takes_over_and_the_session_stays(scene: Scene) -> None:
         made = scene.gate.sessions_made
         enrolment.rotate_key()
         transport.send(Request(routes.CLIENT_STATUS, routes.CLIENT_STATUS.path))
-        assert scene.gate.sessions_made == made
+        assert scene.gate.sessions_made == made + 1
     [after] = scene.membership.keys.candidates()
     assert after != before
     assert scene.gate.public_key == after.public_key

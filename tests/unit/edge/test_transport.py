@@ -241,6 +241,38 @@ def test_an_answer_without_end_is_given_up() -> None:
     assert failure.value.remedy
 
 
+def test_whoever_is_asked_for_the_authority_sends_no_more_than_one_needs() -> None:
+    padded = Reply(200, b" " * (65 * 2**10), {"Content-Type": "application/json"})
+    with serving(scripted(padded)) as server, connected(server.url) as (api, transport):
+        with pytest.raises(UnexpectedAnswerError, match="by more than 65536 bytes"):
+            api.authority()
+        assert transport.traffic.bytes_received <= 65 * 2**10
+
+
+def test_an_answer_that_never_ends_takes_no_more_than_its_time() -> None:
+    """A byte now and then is in time each, and one by one they would go on for days."""
+    is_over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n")
+                while not is_over.wait(0.05):
+                    connection.sendall(b" ")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        transport = Transport(open_http_client(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        try:
+            with pytest.raises(ServerUnreachableError), transport.ending_after(0.5):
+                transport.ask(Request(routes.AUTHORITY, routes.AUTHORITY.path), Authority)
+        finally:
+            is_over.set()
+            dripping.join()
+            transport.close()
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
 def test_a_compressed_answer_is_refused(encoding: str) -> None:
     bomb = Reply(200, gzip.compress(b" " * 2**20), {"Content-Encoding": encoding})
@@ -447,3 +479,21 @@ def test_no_exception_of_the_http_library_escapes() -> None:
         with pytest.raises(FedraEdgeError):
             api.health()
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "told", "advice"),
+    [
+        (b"Speak https:// here.\nMore.", "document: 'Speak https:// here.'", "try https://"),
+        (b"no\x1b[2J\xff" + b"x" * 999, r"document: 'no\x1b[2J", "not of a proxy or portal"),
+        (b"", "without a problem document", "not of a proxy or portal"),
+    ],
+)
+def test_what_a_stranger_answers_is_quoted_and_obeyed_by_no_terminal(
+    body: bytes, told: str, advice: str
+) -> None:
+    failure = failure_of(scripted(Reply(400, body, {"Content-Type": "text/plain"})))
+    assert told in str(failure)
+    assert str(failure).isprintable()
+    assert len(str(failure)) < 300
+    assert advice in failure.remedy

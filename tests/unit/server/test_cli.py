@@ -166,10 +166,27 @@ def test_a_run_is_created_with_the_defaults_of_the_paper(
 
 def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> None:
     options = {
-        "rounds": 7, "min-participants": 3, "deadline-s": 90.5, "depth": "reduced",
-        "allocation": "independent", "merge-weighting": "uniform", "max-inverse-chance": 2.0,
-        "max-layers": 2, "seed": 5, "mode": "buffered", "buffer-size": 3, "max-staleness": 4,
-        "staleness-exponent": 0.25, "cohort-size": 6, "over-provisioning": 0.5,
+        "rounds": 7,
+        "min-participants": 6,
+        "deadline-s": 90.5,
+        "depth": "reduced",
+        "allocation": "balanced",
+        "merge-weighting": "uniform",
+        "max-inverse-chance": 2.0,
+        "max-layers": 2,
+        "seed": 5,
+        "mode": "buffered",
+        "buffer-size": 5,
+        "max-staleness": 4,
+        "staleness-exponent": 0.25,
+        "cohort-size": 6,
+        "over-provisioning": 0.5,
+        "merge": "trimmed-mean",
+        "trim-fraction": 0.4,
+    }
+    screening = {
+        "clip-factor": 4.0, "quarantine-factor": 9.0, "cosine-floor": -0.5,
+        "examples-factor": 5.0,
     }  # fmt: skip
     server = {"learning-rate": 0.5, "momentum": 0.75, "beta2": 0.5, "tau": 0.125}
     training = {
@@ -177,10 +194,13 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
         "clip-norm": 1.5, "batch-size": 4, "local-epochs": 2, "max-steps": 9,
     }  # fmt: skip
     adapter = {"rank": 2, "alpha": 3.0}
-    flags = [f"--{key}={value}" for key, value in (options | training | adapter).items()]
+    flags = [
+        f"--{key}={value}" for key, value in (options | screening | training | adapter).items()
+    ]
     flags += [
         f"--server-{key}={value}" for key, value in {"optimizer": "fedyogi", **server}.items()
     ]
+    flags += ["--tolerate=2", "--screening"]
     names = ["--target", model.default_targets[1], "--target", model.default_targets[0]]
     arguments = ["digits", "--model", "tiny", *flags, *names, "--start", "--json"]
     created = command("run", "create", *arguments).json
@@ -192,6 +212,8 @@ def test_every_option_of_a_run_is_taken(command: Command, model: ModelSpec) -> N
     targets = list(reversed(model.default_targets))
     assert created["spec"] == {
         **fields(options),
+        "tolerated_attackers": 2,
+        "screening": {"enabled": True, **fields(screening)},
         "training": fields(training),
         "adapter": {**adapter, "targets": targets},
         "server_optimizer": {"kind": "fedyogi", **fields(server)},

@@ -64,6 +64,23 @@ def test_status_shows_mode_buffer_and_who_rests(command: Any) -> None:  # noqa: 
     assert "rests until" in waiting["reason"]
 
 
+def test_a_long_reason_breaks_no_table_and_is_whole_in_json(
+    server: Headless,
+    command: Any,  # noqa: ANN401
+) -> None:
+    reason = "; ".join(f"layers.{it}: norm 3.1 is far above the median" for it in range(12))
+    client = server.enrol("wordy")
+    server.store.touch(client, server.clock.now())
+    server.coordinator.advance()
+    work = server.assignments(1)[client]
+    server.store.settle(
+        work.assignment_id, AssignmentState.FAILED, reason, server.clock.now()
+    )  # fmt: skip
+    for arguments in (("client", "list"), ("run", "status", RUN)):
+        assert max(map(len, command(*arguments).splitlines())) < 300
+        assert reason in command(*arguments, "--json")
+
+
 def test_clients_are_listed_with_their_rests(command: Any) -> None:  # noqa: ANN401
     assert "it failed once, last with: out of memory" in command("client", "list")
     listed = json.loads(command("client", "list", "--json"))["clients"]

@@ -135,6 +135,12 @@ def test_what_an_operator_releases_merges_with_the_next_publication(server: Head
     assert (revision(server), state(server, given[-1])) == (2, MERGED)
     rows = {it.piece: it for it in server.store.merges(RUN, 2) if it.assignment_id == hostile}
     assert len(rows) == 5
+    assert server.store.merged_in(hostile) == dict.fromkeys(rows, 2)
+    server.home.config_file.write_text("")
+    show = ["quarantine", "show", hostile, "--home", str(server.home.path)]
+    shown = CliRunner().invoke(app, show).output
+    assert "the delta is merged" in shown
+    assert shown.count("revision 2") == len(rows)
     assert all(it.scale < 1 and it.staleness == 1 and it.weight < 1 for it in rows.values())
     outcomes = {it.outcome for it in server.store.screenings_of(hostile)}
     assert outcomes == {Outcome.RELEASED}
@@ -289,10 +295,12 @@ def test_the_commands_list_show_release_and_discard(server: Headless) -> None:
     listed = json.loads(told("list", "--json"))["deltas"]
     assert [it["delta"] for it in listed] == [hostile]
     assert listed[0]["client_id"] == given[-1].client_id
-    assert hostile in told("list", RUN)
+    assert f"{RUN} (running)" in told("list", RUN)
     assert "far above the median" in told("show", hostile)
     shown = json.loads(told("show", hostile, "--json"))
     assert {it["verdict"] for it in shown["pieces"]} == {"quarantined"}
+    assert {it["merged_in"] for it in shown["pieces"]} == {None}
+    assert (shown["run_state"], "since" in shown) == ("running", False)
     assert "Released" in told("release", hostile)
     assert "Nothing is quarantined" in told("list")
     assert state(server, given[-1]) is ADMITTED
@@ -328,7 +336,12 @@ def test_a_round_with_too_few_holders_goes_on_recruiting(server: Headless) -> No
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--merge", "coordinate-median"], "--min-participants 3"),
+        (["--merge", "coordinate-median", "--min-participants", "2"], "--min-participants 3"),
+        (["--merge", "coordinate-median", "--min-participants", "2"], "bear 1 attacker a layer"),
+        (
+            ["--merge", "trimmed-mean", "--mode", "buffered", "--buffer-size", "2"],
+            "--buffer-size 5",
+        ),
         (["--merge", "trimmed-mean", "--tolerate", "2", "--min-participants", "9"], "10 holders"),
         (["--trim-fraction", "0.1"], "--merge trimmed-mean"),
         (["--tolerate", "2"], "no use with --merge mean"),
@@ -346,6 +359,29 @@ def test_a_run_that_cannot_have_its_holders_is_refused_at_once(
     done = CliRunner().invoke(app, [*create, *options])
     assert done.exit_code == 2
     assert told in " ".join(done.output.replace("│", " ").split()), done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ([], (2, 2)),
+        (["--merge", "norm-clipped-mean"], (3, 2)),
+        (["--merge", "trimmed-mean"], (5, 2)),
+        (["--merge", "coordinate-median", "--tolerate", "2", "--mode", "buffered"], (5, 5)),
+        (["--merge", "coordinate-median", "--min-participants", "7"], (7, 2)),
+    ],
+)
+def test_a_merge_brings_the_numbers_that_it_needs(
+    server: Headless, options: list[str], numbers: tuple[int, int]
+) -> None:
+    server.create_run(RunState.CREATED)
+    server.home.config_file.write_text("")
+    model = server.store.model(server.store.run(RUN).model_id).spec.name
+    create = ["run", "create", "other", "--model", model, "--home", str(server.home.path)]
+    done = CliRunner().invoke(app, [*create, *options])
+    assert done.exit_code == 0, done.output
+    spec = server.store.run("other").spec
+    assert (spec.min_participants, spec.buffer_size) == numbers
 
 
 def test_a_run_keeps_the_merge_that_it_was_created_with(server: Headless) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -15,14 +18,17 @@ from fedra_edge.protocol.ids import ClientId
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.trust import JoinString
 from fedra_server.addressing import (
+    Listening,
     check_exposure,
     is_loopback,
     is_secured,
+    names_here,
     site_address,
     wanted_names,
 )
+from fedra_server.authority import certificate_names
 from fedra_server.cli import main
-from fedra_server.config import ServerConfig
+from fedra_server.config import ServerConfig, ServerHome
 from fedra_server.errors import ConfigurationError, NotFoundError, NotPermittedError, RefusedError
 from fedra_server.exit_codes import ExitCode
 from fedra_server.settings_file import with_settings
@@ -205,13 +211,92 @@ def test_the_address_of_a_join_string_is_what_sites_reach(
     settings.write_text(f'host = "0.0.0.0"\n{written}', encoding="utf-8")
     assert address() == "https://hq.example:8470"
     place = tmp_path / "home" / "server.json"
-    place.write_text(json.dumps({"address": "https://hq.example:1234"}), encoding="utf-8")
+    told = {"url": "https://0.0.0.0:1234", "address": "https://hq.example:1234"}
+    place.write_text(json.dumps(told), encoding="utf-8")
     assert address() == "https://hq.example:1234"
+    place.unlink()
     settings.write_text(f'address = "https://front.example"\n{written}', encoding="utf-8")
     assert address() == "https://front.example"
     with pytest.raises(SystemExit):
-        main(["token", "create"])
-    assert "does not name front.example" in capsys.readouterr().err
+        main(["token", "create", "--address", "https://other.example"])
+    assert "a proxy must answer at other.example" in capsys.readouterr().err
+
+
+@pytest.fixture
+def warned(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Make a join string with these settings; give what is said beside it."""
+    command("token", "list")  # the home is there
+
+    def create(settings: str, *arguments: str, listening: Listening | None = None) -> str:
+        home = ServerHome(tmp_path / "home")
+        home.config_file.write_text(settings, encoding="utf-8")
+        home.server_file.unlink(missing_ok=True)
+        if listening is not None:
+            home.server_file.write_text(json.dumps(listening._asdict()), encoding="utf-8")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["token", "create", *arguments])
+        assert ended.value.code == ExitCode.OK
+        printed = capsys.readouterr()
+        JoinString.parse(printed.out.strip())
+        return printed.err
+
+    return create
+
+
+def test_before_the_first_start_the_certificate_to_come_counts(
+    warned: Callable[..., str], tmp_path: Path
+) -> None:
+    name = socket.gethostname().lower()
+    assert name not in certificate_names(ServerHome(tmp_path / "home"))
+    everywhere = 'host = "0.0.0.0"\naddress = "https://{}:8470"\n'
+    assert warned(everywhere.format(name)) == ""
+    assert warned('host = "0.0.0.0"\nhost_names = ["hq.example"]\n') == ""
+    assert warned(everywhere.format("front.example")) == ""
+    told = warned('host = "0.0.0.0"\n', "--address", "https://front.example")
+    assert "does not name front.example" in told
+    assert "init --host-name front.example" in told
+    running = Listening("https://0.0.0.0:8470", f"https://{name}:8470")
+    assert "once the server is started again" in warned(everywhere.format(name), listening=running)
+
+
+def test_a_name_that_nobody_chose_is_told_with_the_others(warned: Callable[..., str]) -> None:
+    config = ServerConfig(host="0.0.0.0")  # noqa: S104 (nothing listens)
+    others = {it for it in names_here(config) if not is_loopback(it)} - {socket.gethostname()}
+    told = warned('host = "0.0.0.0"\n')
+    assert all(it in told for it in others)
+    assert ("--address" in told) == bool(others)
+
+
+def test_plain_http_is_warned_of_by_what_the_server_speaks(warned: Callable[..., str]) -> None:
+    chosen = ("--address", "http://192.0.2.2:8470")
+    assert "speaks https only" in warned('host = "0.0.0.0"\n', *chosen)
+    assert "--insecure-http" in warned('host = "0.0.0.0"\ntls = "off"\n')
+    assert "--insecure-http" in warned('host = "0.0.0.0"\ntls = "off"\n', *chosen)
+    running = Listening("https://0.0.0.0:8470", "https://hq:8470")
+    assert "speaks https only" in warned("", *chosen, listening=running)
+
+
+def test_a_wrong_address_is_told_with_a_right_one(command: Command) -> None:
+    told = command("token", "create", "--address", "foo", code=ExitCode.USAGE)
+    assert "https://hq.example:8470" in told
+    assert "pattern" not in told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX systems")
+def test_a_new_home_is_its_owners_only(command: Command, tmp_path: Path) -> None:
+    command("token", "create")
+    home = ServerHome(tmp_path / "home")
+    for path, mode in (
+        (home.path, 0o700), (home.deltas, 0o700), (home.uploads, 0o700),
+        (home.config_file, 0o600), (home.database_file, 0o600),
+    ):  # fmt: skip
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path
+    home.path.chmod(0o750)
+    command("init")
+    assert stat.S_IMODE(home.path.stat().st_mode) == 0o750  # an operator's choice stays
 
 
 def test_a_client_is_named_by_name_or_id(command: Command, tmp_path: Path) -> None:
@@ -248,9 +333,41 @@ def test_init_puts_settings_in_their_place_once(command: Command, tmp_path: Path
     settings = tmp_path / "home" / "server.toml"
     assert 'host_names = ["hq.example"]' in settings.read_text(encoding="utf-8").splitlines()
     command("init", "--host-name", "hq.example")
-    told = command("init", "--host-name", "other.example", code=ExitCode.CONFIGURATION)
-    assert "host_names" in told
     assert with_settings("port = 1\n", {"address": "x"}) == 'address = "x"\nport = 1\n'
+    with pytest.raises(ConfigurationError, match="another address"):
+        with_settings('address = "y"\n', {"address": "x"})
+
+
+def test_repeating_init_adds_a_name_and_takes_none_away(command: Command, tmp_path: Path) -> None:
+    home = ServerHome(tmp_path / "home")
+    settings = home.config_file
+    written = settings.read_text(encoding="utf-8")
+    settings.write_text(f'host = "0.0.0.0"\n{written}', encoding="utf-8")
+    command("init")
+    before = certificate_names(home)
+    assert {"hq.example", "localhost", socket.gethostname().lower()} <= before
+    command("init", "--host-name", "new.example", "--host-name", "hq.example")
+    assert certificate_names(home) == before | {"new.example"}
+    assert ServerConfig.load(home).host_names == ("hq.example", "new.example")
+    command("init", "--host-name", "hq.example")
+    assert ServerConfig.load(home).host_names == ("hq.example", "new.example")
+
+
+@pytest.mark.parametrize(
+    ("written", "rest"),
+    [
+        ('host_names = ["a"]  # ours\nport = 1\n', "  # ours\nport = 1\n"),
+        ('host_names = [\n  "a",  # ours\n]\nport = 1\n', "\nport = 1\n"),
+    ],
+)
+def test_a_list_is_added_to_however_it_is_written(written: str, rest: str) -> None:
+    assert with_settings(written, {"host_names": ["b", "a"]}) == f'host_names = ["a", "b"]{rest}'
+
+
+def test_a_list_that_cannot_be_found_again_is_left_to_the_operator() -> None:
+    for written in ('host_names = ["a]"]\n', '"host_names" = ["a"]\n'):
+        with pytest.raises(ConfigurationError, match="another host_names"):
+            with_settings(written, {"host_names": ["b"]})
 
 
 def test_your_own_certificate_is_tried_at_init(command: Command, tmp_path: Path) -> None:
@@ -288,5 +405,6 @@ def test_what_is_open_and_what_is_secured_follows_from_who_reaches_it() -> None:
     assert site_address(config(host="::1", tls="on"), 1, "hq") == "https://[::1]:1"
     assert site_address(config(host=everywhere), 1, "hq") == "https://hq:1"
     assert site_address(config(host="10.0.0.5"), 1, "hq") == "https://10.0.0.5:1"
+    assert "hq" in wanted_names(config(host="::", host_names=("hq.example",)), "hq", ())
     names = wanted_names(config(host="::", address="https://[fe::1]:3"), "hq", ("10.0.0.5",))
     assert names == {"localhost", "127.0.0.1", "::1", "hq", "10.0.0.5", "fe::1"}
