@@ -20,7 +20,7 @@ _ADDRESS: Final = re.compile(r"^https?://[^\s/#?@\\]+(/[^\s#?@\\]*)?$")
 
 def _check_address(text: str) -> str:
     if _ADDRESS.fullmatch(text) is None:
-        raise ValueError("is no address of a server; write it like https://hq.example:8470")
+        raise ValueError("no address of a server; write it like https://hq.example:8470")
     return text
 
 

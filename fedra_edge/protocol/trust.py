@@ -73,7 +73,7 @@ class SessionReceipt(WireModel):
 
 
 class KeyChange(WireModel):
-    """A client's next key; it and the key before sign ``("key", ca_sha256, client_id, public_key)``.
+    """A client's next key; it and the key in force sign what `key_message` gives.
 
     So neither a session nor a new key alone can take a membership over.
     """

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from fedra_edge.protocol.version import PROTOCOL_VERSION
 from fedra_server import __version__
-from fedra_server.addressing import check_exposure
+from fedra_server.addressing import check_exposure, listens_at
 from fedra_server.authority import ensure_authority
 from fedra_server.chain import Event
 from fedra_server.cli import (
@@ -39,7 +39,7 @@ from fedra_server.cli.workplace import (
 from fedra_server.config import CONFIG_TEMPLATE, ServerConfig, ServerHome
 from fedra_server.errors import NotFoundError
 from fedra_server.settings_file import Setting, with_settings
-from fedra_server.storage.durability import disk_errors, write_durably
+from fedra_server.storage.durability import disk_errors, is_owners_only, write_durably
 from fedra_server.storage.runs import manifest_sha256
 from fedra_server.storage.store import Store
 
@@ -96,11 +96,14 @@ def init(
         before = CONFIG_TEMPLATE if is_new else place.config_file.read_text(encoding="utf-8")
         after = with_settings(before, settings)
         if is_new or after != before:
-            write_durably(place.config_file, after.encode(), is_private=is_new)
+            is_private = is_new or is_owners_only(place.config_file)
+            write_durably(place.config_file, after.encode(), is_private=is_private)
     config = ServerConfig.load(place)
     Store.open(place.path, config.database_url).close()
     authority = ensure_authority(place)
     _prepare_certificate(place, config)
+    if after != before and listens_at(place) is not None:
+        typer.echo("The server that runs takes this up when it is started again.", err=True)
     if as_json:
         told: dict[str, JsonValue] = {"home": str(place.path), "new": is_new}
         told |= {"config_file": str(place.config_file), "ca_sha256": authority.ca_sha256}
@@ -110,11 +113,15 @@ def init(
 
 
 def _prepare_certificate(home: ServerHome, config: ServerConfig) -> None:
-    """Make the certificate, or try the operator's own, so that `serve` has no surprises."""
+    """Make the certificate, or try the operator's own, so that `serve` has no surprises.
+
+    A server that runs sees to a made one itself: it may have been told to listen elsewhere.
+    """
     from fedra_server.http.securing import ServerTls
 
     check_exposure(config)
-    ServerTls(home, config)
+    if config.certificate_file is not None or listens_at(home) is None:
+        ServerTls(home, config)
 
 
 @app.command(epilog=example("export --run digits --out digits-adapter"))

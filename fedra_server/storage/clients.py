@@ -241,6 +241,7 @@ def _update_member(connection: Connection, client_id: ClientId, **values: object
 
 
 def find_client(connection: Connection, client_id: ClientId) -> ClientRecord:
+    """Read a client inside a transaction, also one that has left."""
     row = connection.execute(_ONE, {"client": client_id}).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no client {without_secrets(client_id)}")

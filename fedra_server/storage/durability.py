@@ -93,5 +93,10 @@ def make_private(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
+def is_owners_only(path: Path) -> bool:
+    """Tell whether others may neither read nor write a file; on Windows this is not known."""
+    return path.stat().st_mode & 0o077 == 0
+
+
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)

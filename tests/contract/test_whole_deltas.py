@@ -61,7 +61,7 @@ def test_a_client_that_is_removed_amid_its_delta_is_not_counted(
 
         def removed_meanwhile() -> Iterator[bytes]:
             yield told + delta.data[:-1]
-            eventually(lambda: [*hq.services.home.uploads.glob("*.part")] != [])
+            eventually(lambda: hq.services.receiving.is_held(work.id))
             services = hq.services
             now = services.clock.now()
             end_membership(services.store, ClientId(site.client_id), now, removed_by="test")

@@ -40,15 +40,20 @@ def test_a_record_is_one_line_of_the_log_and_a_traceback_is_indented() -> None:
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
-    logger = logging.Logger("of-this-test")
+    logger = logging.getLogger("of-this-test")
     logger.addHandler(handler)
     logger.warning("a client said: %s", EVIL)
     try:
-        raise ValueError(EVIL)
-    except ValueError:
+        int(EVIL)
+    except ValueError as error:
+        error.add_note(EVIL)
         logger.exception("failed")
+    logger.removeHandler(handler)
     first, second, *trace = written.getvalue().splitlines()
-    assert first == r"WARNING a client said: \x1b]0;owned\x07\x1b[2Jlost\r\n2026 forged\x9b31m\u202e\x00"
+    assert (
+        first
+        == r"WARNING a client said: \x1b]0;owned\x07\x1b[2Jlost\r\n2026 forged\x9b31m\u202e\x00"
+    )
     assert second == "ERROR failed"
     assert trace
     assert all(line.startswith("  ") for line in trace)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from fedra_edge.protocol.messages import DeltaReceipt, Health, Heartbeat, Upload
 from fedra_edge.protocol.models import BlobRef
 from fedra_edge.protocol.problems import ProblemCode
 from fedra_edge.protocol.rounds import Wait
+from fedra_edge.protocol.trust import Authority
 from fedra_edge.protocol.version import PROTOCOL_HEADER, PROTOCOL_VERSION
 from fedra_edge.retrying import Retrier, RetryPolicy
 from fedra_edge.sessions import GivenSession

@@ -295,7 +295,11 @@ def test_a_new_home_is_its_owners_only(command: Command, tmp_path: Path) -> None
     ):  # fmt: skip
         assert stat.S_IMODE(path.stat().st_mode) == mode, path
     home.path.chmod(0o750)
-    command("init")
+    command("init", "--host-name", "new.example")
+    assert stat.S_IMODE(home.config_file.stat().st_mode) == 0o600
+    home.config_file.chmod(0o644)
+    command("init", "--host-name", "newer.example")
+    assert stat.S_IMODE(home.config_file.stat().st_mode) == 0o644
     assert stat.S_IMODE(home.path.stat().st_mode) == 0o750  # an operator's choice stays
 
 
@@ -351,6 +355,20 @@ def test_repeating_init_adds_a_name_and_takes_none_away(command: Command, tmp_pa
     assert ServerConfig.load(home).host_names == ("hq.example", "new.example")
     command("init", "--host-name", "hq.example")
     assert ServerConfig.load(home).host_names == ("hq.example", "new.example")
+
+
+def test_init_leaves_the_certificate_of_a_server_that_runs_alone(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = ServerHome(tmp_path / "home")
+    running = Listening("https://0.0.0.0:8470", "https://hq.example:8470")
+    home.server_file.write_text(json.dumps(running._asdict()), encoding="utf-8")
+    before = (home.path / "authority" / "server.pem").read_bytes()
+    command("token", "list")
+    with pytest.raises(SystemExit):
+        main(["init", "--host-name", "new.example"])
+    assert "started again" in capsys.readouterr().err
+    assert (home.path / "authority" / "server.pem").read_bytes() == before
 
 
 @pytest.mark.parametrize(
