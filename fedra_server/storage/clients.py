@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from fedra_edge.protocol.devices import Calibration, DeviceProfile
 from fedra_edge.protocol.ids import ClientId
@@ -203,13 +213,28 @@ def find_by_key(connection: Connection, public_key: str) -> ClientRecord | None:
 
 
 def require_free_name(connection: Connection, name: str) -> None:
-    """Refuse a name by which an operator means another member already.
+    """Refuse to rename a member to what an operator means another member by.
 
     Raises:
         NotPermittedError: It is one's name, whatever its capitals, or its id.
     """
     is_taken = or_(func.lower(_CLIENTS.name) == name.lower(), _CLIENTS.client_id == name)
-    query = select(func.count()).where(is_taken, _CLIENTS.has_left.is_(False))
+    _require_none(connection, is_taken, name)
+
+
+def require_no_id(connection: Connection, name: str) -> None:
+    """Refuse the id of a member as the name of a new one.
+
+    Two members of one name are told apart by their ids; machines have the same host name often.
+
+    Raises:
+        NotPermittedError: It is one's id.
+    """
+    _require_none(connection, _CLIENTS.client_id == name, name)
+
+
+def _require_none(connection: Connection, condition: ColumnElement[bool], name: str) -> None:
+    query = select(func.count()).where(condition, _CLIENTS.has_left.is_(False))
     if connection.execute(query).scalar_one():
         raise NotPermittedError(
             f"another member is named {without_secrets(name)} already",

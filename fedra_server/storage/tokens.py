@@ -16,7 +16,7 @@ from fedra_server.chain import COMMAND, Event, author, sha256_of
 from fedra_server.errors import ConflictError, NotFoundError, NotPermittedError, RefusedError
 from fedra_server.hiding import without_secrets
 from fedra_server.storage import tables
-from fedra_server.storage.clients import find_by_key, require_free_name
+from fedra_server.storage.clients import find_by_key, require_no_id
 from fedra_server.storage.database import Database
 from fedra_server.storage.journal import write_entry
 from fedra_server.storage.records import ClientRecord, TokenRecord
@@ -120,7 +120,7 @@ class TokenRecords(Database):
                 details["token"] = token.token_id
                 if token.client_id is not None:
                     return _give_key(connection, token.client_id, client, public_key, token)
-            require_free_name(connection, client.name)
+            require_no_id(connection, client.name)
             members = select(func.count()).where(_CLIENTS.has_left.is_(False))
             if connection.execute(members).scalar_one() >= max_clients:
                 raise NotPermittedError(
