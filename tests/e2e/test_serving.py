@@ -30,7 +30,9 @@ from tests.support.headquarters import (
     home_in,
     honest_delta,
     register_model,
+    sign_in,
 )
+from tests.support.keys import SiteKey, enrol_key
 from tests.support.servers import run_server_command, running_server, start_server
 
 pytestmark = pytest.mark.e2e
@@ -100,7 +102,8 @@ def test_a_home_is_served_once(home: Path) -> None:
 def test_an_upload_continues_after_the_server_was_killed(home: Path) -> None:
     spec = prepare(home)
     with running_server(home) as server, connection(server.url) as http:
-        site = enrol(http, "plant", "run")
+        key = SiteKey()
+        site = sign_in(http, key, enrol_key(http, key, "plant", "run"))
         calibrate(site, spec)
         work = site.work(wait_s=20)
         delta = honest_delta(spec, work)
@@ -111,6 +114,7 @@ def test_an_upload_continues_after_the_server_was_killed(home: Path) -> None:
         port = int(server.url.rpartition(":")[2])
         again = start_server(home, port=port)
         try:
+            site = sign_in(http, key, site.client_id)
             assert site.announce(delta).offset_bytes == 700
             answer = site.append(upload.upload_id, delta.data[700:], offset=700)
             assert answer.json()["status"] == "admitted"

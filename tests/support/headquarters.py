@@ -175,7 +175,11 @@ def connection(url: str, headers: Mapping[str, str] = PROTOCOL) -> Iterator[http
 def enrol(http: httpx.Client, name: str, run: str | None = None) -> Site:
     """Become a client; the connection carries its session from then on."""
     key = SiteKey()
-    client_id = enrol_key(http, key, name, run)
+    return sign_in(http, key, enrol_key(http, key, name, run))
+
+
+def sign_in(http: httpx.Client, key: SiteKey, client_id: str) -> Site:
+    """Begin a session as a client; a server that was started again knows none from before."""
     session = open_session(http, key, client_id)
     http.headers["Authorization"] = f"Bearer {session}"
     return Site(client_id, session, http)
